@@ -1,0 +1,178 @@
+"""One DDIM step as a Gaussian policy: its mean, its sample, its log-probability (Eq. 1).
+
+    symbol       paper                          here
+    T            denoising steps, 20            `schedule.T`
+    t            time: T (noise) .. 1           `t`: (B,) long, paper time, never an array offset
+    x_t          state, Eq. 3                   `x_t`: (B, C, h, w) float32 latents
+    a_t          action = x_{t-1}               `x_prev`: (B, C, h, w)
+    c            prompt                         `cond`, `uncond`: (B, L, d) and (1, L, d) embeddings
+    mu_theta     mean, Eq. 1                    `mu`
+    sigma_t      standard deviation, Eq. 1      `sigma`; the covariance is sigma_t^2 I
+
+Departures from the paper's letter
+    [ddpo] log p is AVERAGED over the D = C*h*w dimensions of a latent, not summed: a summed ratio
+        overflows (1.01 ** 16384 at SD's size). It ties the clip range to D: see `b2rl.py`.
+    [ours] every draw of noise comes from a generator keyed by (seed, round, root, branch), never
+        from a global stream: a run does not depend on batch size or on the number of processes,
+        and resuming needs no random state.
+    [ours] latents and log-probabilities are float32 in every precision. If x_{t-1} were stored in
+        half precision after log p was taken, its rounding (3e-3 in bf16) would exceed the clip
+        range, as the last steps have sigma of 0.02..0.04, and the first ratio would not be 1.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels by paper time t = 0..T; every field but T, eta is a float64 or long (T + 1,).
+
+    `alpha_bar[t]` belongs to x_t (0 = clean), `sigma[t]` and `timestep[t]` to the step
+    x_t -> x_{t-1}, so their entry 0 is unused.
+    """
+
+    T: int
+    alpha_bar: torch.Tensor
+    sigma: torch.Tensor
+    timestep: torch.Tensor
+    prediction_type: str
+
+
+def make_schedule(scheduler, T=20, eta=1.0):
+    """DDIM's noise levels for T steps out of a diffusers `DDIMScheduler` (Table 6: T 20, eta 1).
+
+    This is the one place where paper time meets the scheduler's timesteps: timesteps[0] is the
+    noisiest, so t = T - i.
+    Raises ValueError where the step would not be a Gaussian with positive sigma.
+    """
+    config = scheduler.config
+    if config.clip_sample or config.thresholding:
+        raise ValueError("clip_sample and thresholding must be off: a clipped step is no Gaussian")
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction_type {config.prediction_type!r} is not supported")
+    if config.timestep_spacing not in ("leading", "trailing"):  # linspace steps are not a chain
+        raise ValueError(f"timestep_spacing {config.timestep_spacing!r}: use leading or trailing")
+    scheduler.set_timesteps(T)
+    timestep = torch.cat([torch.zeros(1, dtype=torch.long), scheduler.timesteps.flip(0).cpu()])
+    alpha_bar = scheduler.alphas_cumprod.double().cpu()[timestep]
+    alpha_bar[0] = scheduler.final_alpha_cumprod.double()
+    sigma = torch.zeros(T + 1, dtype=torch.float64)
+    ratio = alpha_bar[1:] / alpha_bar[:-1]
+    sigma[1:] = eta * ((1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * (1 - ratio)).sqrt()  # DDIM (16)
+    if not bool((sigma[1:] > 0).all()):
+        raise ValueError(
+            "sigma is 0 at some step, so its log-probability is NaN: eta must be above 0 and the "
+            "scheduler needs steps_offset 1 (SD 1.4's setting)"
+        )
+    return Schedule(T, alpha_bar, sigma, timestep, config.prediction_type)
+
+
+def at(values, t, like):
+    """values[t] (paper time) as a float32 (B, 1, 1, 1) tensor on `like`'s device."""
+    return values[t.cpu()].to(like.device, torch.float32).view(-1, *[1] * (like.dim() - 1))
+
+
+def ddim_mean(schedule, prediction, x_t, t):
+    """mu_theta(x_t, t, c) of Eq. 1 from the UNet's guided prediction.
+
+    prediction, x_t: (B, C, h, w) float32; t: (B,) long paper time, mixed times allowed.
+    Returns mu (B, C, h, w) and sigma_t (B, 1, 1, 1). [DDIM, Song et al., Eq. 12]
+    """
+    a_t, a_prev = at(schedule.alpha_bar, t, x_t), at(schedule.alpha_bar, t - 1, x_t)
+    sigma = at(schedule.sigma, t, x_t)
+    if schedule.prediction_type == "epsilon":
+        eps = prediction
+        x_0 = (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
+    else:  # v = sqrt(a) eps - sqrt(1 - a) x_0
+        x_0 = a_t.sqrt() * x_t - (1 - a_t).sqrt() * prediction
+        eps = a_t.sqrt() * prediction + (1 - a_t).sqrt() * x_t
+    mu = a_prev.sqrt() * x_0 + (1 - a_prev - sigma**2).clamp(min=0).sqrt() * eps
+    return mu, sigma
+
+
+def log_prob(x_prev, mu, sigma):
+    """log p_theta(x_{t-1} | x_t, c) of Eq. 1, averaged over the D dimensions [ddpo]: (B,)."""
+    log_p = -((x_prev - mu) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
+    return log_p.flatten(1).mean(1)
+
+
+def ddim_step(schedule, prediction, x_t, t, x_prev=None, noise=None):
+    """One step x_t -> x_{t-1} and its log-probability: the same code samples and trains.
+
+    Sampling passes `noise` (B, C, h, w); training passes the stored `x_prev` and gets the
+    log-probability under the current weights. Returns x_prev (B, C, h, w) float32, log_p (B,).
+    """
+    assert (x_prev is None) != (noise is None), "pass x_prev (training) or noise (sampling)"
+    mu, sigma = ddim_mean(schedule, prediction.float(), x_t, t)
+    if x_prev is None:
+        x_prev = mu + sigma * noise
+    assert x_prev.dtype == x_t.dtype == torch.float32, "latents are stored in float32 (trap 2)"
+    return x_prev, log_prob(x_prev, mu, sigma)
+
+
+def gaussian_kl(mu, mu_ref, sigma):
+    """KL(N(mu, sigma^2 I) || N(mu_ref, sigma^2 I)), averaged over D as log p is: (B,). Exact."""
+    return ((mu - mu_ref) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
+
+
+def guided_prediction(unet, schedule, x_t, t, cond, uncond, guidance):
+    """Classifier-free guidance: uncond + g * (cond - uncond), both halves in one UNet call.
+
+    x_t: (B, C, h, w); t: (B,) paper time; cond: (B, L, d); uncond: (1, L, d).
+    Sampling and training both come here, so both use the same guided noise (Table 6: g = 5).
+    Guidance 1 needs no unconditional half. Returns (B, C, h, w) float32.
+    """
+    timestep = schedule.timestep[t.cpu()].to(x_t.device)
+    x_in = x_t.to(unet.dtype)
+    if guidance == 1:
+        return unet(x_in, timestep, cond, return_dict=False)[0].float()
+    text = torch.cat([uncond.expand_as(cond), cond])
+    both = unet(torch.cat([x_in] * 2), torch.cat([timestep] * 2), text, return_dict=False)[0]
+    without, with_prompt = both.float().chunk(2)
+    return without + guidance * (with_prompt - without)
+
+
+def keyed_generator(*key):
+    """A CPU generator for one key of ints and strings, e.g. (seed, round, root, branch)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def keyed_noise(generators, shape, device):
+    """One standard normal (C, h, w) from each generator, drawn on the CPU: (B, C, h, w)."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+
+@torch.no_grad()
+def denoise(unet, schedule, x, start, stop, cond, uncond, guidance, generators, keep=False):
+    """Steps t = start..stop+1 of the guided denoising loop, from x_start to x_stop.
+
+    x: (P, C, h, w). cond: (P, L, d). generators: P*K of them, K branches for each row of x in
+    turn. All branches of a root share x_start, so the first step needs one UNet call a root and
+    not K (trap 9). Returns x_stop (P*K, C, h, w); with `keep`, the trajectory as well:
+    states x_start..x_stop (P*K, start-stop+1, C, h, w) and log p of its steps (P*K, start-stop).
+    """
+    branches, left = divmod(len(generators), len(x))
+    assert left == 0, f"{len(generators)} generators for {len(x)} states: not a multiple"
+    states, log_ps = [], []
+    for t in range(start, stop, -1):
+        now = torch.full((len(x),), t)
+        prediction = guided_prediction(unet, schedule, x, now, cond, uncond, guidance)
+        if t == start and branches > 1:
+            prediction, x, cond, now = (
+                v.repeat_interleave(branches, 0) for v in (prediction, x, cond, now)
+            )
+        if t == start and keep:
+            states.append(x)
+        noise = keyed_noise(generators, x.shape[1:], x.device)
+        x, log_p = ddim_step(schedule, prediction, x, now, noise=noise)
+        if keep:
+            states.append(x)
+            log_ps.append(log_p)
+    if start == stop:  # nothing to denoise, but the branches still want their copies
+        x = x.repeat_interleave(branches, 0)
+    return (x, torch.stack(states, 1), torch.stack(log_ps, 1)) if keep else x

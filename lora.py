@@ -1,0 +1,106 @@
+"""LoRA by hand: y = W x + (B A) x, only A and B train (Hu et al., [26] in the paper).
+
+    rank 4 on to_q, to_k, to_v, to_out of every attention of the UNet [official]; SD 1.x then has
+    797,184 trainable numbers. A ("down") is drawn from N(0, 1/rank), B ("up") is zero, so the
+    model starts as the base. Scale alpha/rank is 1. A and B stay float32 over a half-precision
+    UNet. No dropout: it would break ratio 1 before the first update.
+
+Files are safetensors with the names that diffusers' `load_lora_weights` reads:
+`unet.<module>.lora_A.weight` (rank, in) and `unet.<module>.lora_B.weight` (out, rank).
+"""
+
+import contextlib
+
+import torch
+from torch import nn
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class LoRALinear(nn.Module):
+    """A frozen `nn.Linear` with a trainable low-rank addition; (..., in) -> (..., out)."""
+
+    def __init__(self, base, rank, generator=None):
+        super().__init__()
+        self.base, self.enabled = base, True
+        down = torch.randn(rank, base.in_features, generator=generator) / rank**0.5
+        self.down = nn.Parameter(down.to(base.weight.device))
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+
+    def forward(self, x):
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        low = nn.functional.linear(x.float(), self.down)  # (..., rank), float32
+        return y + nn.functional.linear(low, self.up).to(y.dtype)
+
+
+def inject_lora(unet, rank=4, targets=TARGETS, seed=0):
+    """Freeze `unet`, wrap its attention projections, return the trainable parameters by name.
+
+    The names are those of the file. Raises ValueError if no module matches or one is wrapped.
+    """
+    unet.requires_grad_(False)
+    if lora_layers(unet):
+        raise ValueError("this UNet already carries LoRA layers")
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in list(unet.named_modules()):
+        if isinstance(module, nn.Linear) and ".attn" in name and name.endswith(targets):
+            parent, _, child = name.rpartition(".")
+            setattr(unet.get_submodule(parent), child, LoRALinear(module, rank, generator))
+    if not lora_layers(unet):
+        raise ValueError(f"no attention projection named {', '.join(targets)} in this UNet")
+    return lora_parameters(unet)
+
+
+def lora_layers(unet):
+    """The LoRA layers by module name."""
+    return {n: m for n, m in unet.named_modules() if isinstance(m, LoRALinear)}
+
+
+def lora_parameters(unet):
+    """The trainable parameters under the names of the file, in a fixed order."""
+    out = {}
+    for name, layer in lora_layers(unet).items():
+        out[f"unet.{name}.lora_A.weight"] = layer.down
+        out[f"unet.{name}.lora_B.weight"] = layer.up
+    return out
+
+
+@contextlib.contextmanager
+def lora_off(unet):
+    """Inside, the UNet is the pre-trained model p_pre, bit for bit (Eq. 7's reference)."""
+    layers = lora_layers(unet).values()
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def lora_state(unet):
+    """A detached float32 CPU copy of the LoRA weights, as saved."""
+    return {k: v.detach().float().cpu().clone() for k, v in lora_parameters(unet).items()}
+
+
+def load_lora(unet, state):
+    """Copy `state` into the injected layers.
+
+    Raises ValueError naming the first difference if it belongs to another model, rank or target
+    list.
+    """
+    own = lora_parameters(unet)
+    missing, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or foreign:
+        raise ValueError(f"this LoRA is of another model: differs at {(missing + foreign)[0]}")
+    for name, value in state.items():
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"this LoRA is of another model or rank: {name} is {tuple(value.shape)}, "
+                f"not {tuple(own[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)

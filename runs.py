@@ -1,0 +1,397 @@
+"""What surrounds a run and is not the paper: loading, run folder, resuming, pictures, processes.
+
+A run writes one folder, nothing but text, pictures and safetensors, each file aside first and then
+renamed, so that a stop at any moment leaves the old file or the new one:
+    config.json, metrics.jsonl (a line a round), checkpoint.safetensors (LoRA, optimizer, and in
+    its header the round and the reward history), pytorch_lora_weights.safetensors (what diffusers'
+    `load_lora_weights(folder)` reads), grids/*.png, before.json (scores), summary.json.
+There is no random state to keep: all noise comes from keyed generators (see `ddim_logprob.py`).
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+HERE = Path(__file__).resolve().parent
+SD = "CompVis/stable-diffusion-v1-4"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def die(message):
+    """Bad input: one clear line, exit code 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def read_prompts(path):
+    """A prompt file -> {section: [prompts]}; a file without [section] lines has one, ""."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        die(f"cannot read the prompt file {path}: {getattr(problem, 'strerror', problem)}")
+    lists, section = {}, ""
+    for line in (raw.strip() for raw in lines):
+        if line.startswith("[") and line.endswith("]"):
+            section = line[1:-1]
+        elif line and not line.startswith("#"):
+            lists.setdefault(section, []).append(line)
+    if not lists:
+        die(f"the prompt file {path} holds no prompt: write one a line")
+    return lists
+
+
+def load_prompts(template, path=None):
+    """Training and unseen prompts: of a template of the paper (App. H), or of the user's file.
+
+    A user's file without sections has no unseen prompts; one with [train] and [unseen] has both.
+    """
+    if path is None:
+        lists = read_prompts(HERE / "prompts.txt")
+        return lists[f"{template} train"], lists[f"{template} unseen"]
+    lists = read_prompts(path)
+    train = lists.get("train", lists.get(""))
+    if not train:
+        die(f"the prompt file {path} has sections but none called [train]: remove or rename them")
+    return train, lists.get("unseen", [])
+
+
+# ---------------------------------------------------------------- the model
+
+
+@dataclass
+class Model:
+    """What the method needs of a pipeline. `embed` caches a prompt's text embedding (L, d)."""
+
+    pipe: object
+    schedule: object
+    device: torch.device
+    tiny: Path | None
+    cache: dict
+
+    @property
+    def unet(self):
+        return self.pipe.unet
+
+    @property
+    def latent_shape(self):
+        size = self.pipe.unet.config.sample_size
+        return (self.pipe.unet.config.in_channels, size, size)
+
+    @torch.no_grad()
+    def embed(self, prompts):
+        """B prompts -> (B, L, d) in the UNet's dtype, each prompt encoded once a run."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self.cache:
+                encoded = self.pipe.encode_prompt(prompt, self.device, 1, False)[0][0]
+                self.cache[prompt] = encoded.to(self.unet.dtype)
+        return torch.stack([self.cache[p] for p in prompts])
+
+    @torch.no_grad()
+    def decode(self, latents, batch):
+        """x_0 (B, C, h, w) on any device -> pictures (B, 3, H, W) float32 in [0, 1] on the CPU."""
+        vae, out = self.pipe.vae, []
+        for part in latents.split(batch):
+            part = part.to(self.device, vae.dtype) / vae.config.scaling_factor
+            out.append((vae.decode(part, return_dict=False)[0].float().cpu() / 2 + 0.5).clamp(0, 1))
+        return torch.cat(out)
+
+
+def tiny_folder(model):
+    """The folder of the bundled tiny model if `model` names it (or a copy of it), else None."""
+    path = HERE / "tiny" if model == "tiny" else Path(model)
+    return path if (path / "judge").is_dir() else None
+
+
+def load_pipeline(model, dtype=torch.float32):
+    """A `StableDiffusionPipeline` from a folder, a hub id or one .safetensors checkpoint.
+
+    Ends with a clear line for another model family, a missing file, an unreachable hub.
+    """
+    import diffusers
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    name = str(HERE / "tiny") if model == "tiny" else model
+    options = dict(torch_dtype=dtype, safety_checker=None, requires_safety_checker=False)
+    try:
+        if name.endswith((".safetensors", ".ckpt")):
+            if name.endswith(".ckpt"):
+                die(f"{name} is a pickle, which can run code: convert it to .safetensors first")
+            if not Path(name).is_file():
+                die(f"no checkpoint at {name}")
+            return StableDiffusionPipeline.from_single_file(name, **options)
+        family = DiffusionPipeline.load_config(name)["_class_name"]
+        if family != "StableDiffusionPipeline":
+            die(f"{model} is a {family}; only Stable Diffusion 1.x and 2.x are supported")
+        return StableDiffusionPipeline.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as problem:  # hub errors are OSErrors
+        first = str(problem).strip().splitlines()[0] if str(problem).strip() else repr(problem)
+        die(
+            f"cannot load {model}: {first[:200]}. Is the name or folder right and the hub "
+            "reachable? The bundled model needs neither: --model tiny"
+        )
+
+
+def load_model(args, device):
+    """Load and prepare a pipeline: DDIM without clipping (trap 11), no safety checker, frozen."""
+    from diffusers import DDIMScheduler
+    from diffusers.models.attention_processor import AttnProcessor
+
+    from ddim_logprob import make_schedule
+
+    pipe = load_pipeline(args.model, DTYPES[args.precision])
+    # steps_offset 1 keeps sigma above 0 at the last step (trap 3); from_config alone would take
+    # over whatever the old scheduler left out, clip_sample=True among it.
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, clip_sample=False, thresholding=False, set_alpha_to_one=False,
+        steps_offset=1, timestep_spacing="leading",
+    )  # fmt: skip
+    try:
+        schedule = make_schedule(pipe.scheduler, args.T, args.eta)
+    except ValueError as problem:
+        die(f"{args.model}: {problem}")
+    pipe.to(device)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.eval().requires_grad_(False)
+    if device.type == "cpu":  # torch's fused attention has a slow backward pass on small CPU models
+        pipe.unet.set_attn_processor(AttnProcessor())
+    return Model(pipe, schedule, device, tiny_folder(args.model), {})
+
+
+def load_judge(model, candidates):
+    """The tiny model's judge, never a reward: (pictures, prompts) -> (B,) bool; None elsewhere."""
+    if model.tiny is None:
+        return None
+    import tiny
+
+    judge = tiny.load_judge(model.tiny / "judge")
+    try:
+        return lambda images, prompts: tiny.recognise(judge, images, prompts, candidates)
+    except KeyError:
+        return None
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_json(path, data):
+    """Write aside, then rename."""
+    aside = Path(f"{path}.part")
+    aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Write aside, then rename. The metadata is a flat dict of strings."""
+    from safetensors.torch import save_file
+
+    aside = f"{path}.part"
+    save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata=metadata)
+    os.replace(aside, path)
+
+
+def new_run(folder, config):
+    """Make the run folder; refuses one that already holds a run."""
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        die(f"{folder} already holds a run: choose another --out, or --resume {folder}")
+    try:
+        (folder / "grids").mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        die(f"cannot make the run folder {folder}: {problem.strerror}")
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def default_folder(args):
+    """runs/<model>-<reward>-<prompts>-<algo and strategies>-seed<seed>"""
+    parts = [Path(args.model).stem, args.reward]
+    parts += [Path(args.prompts).stem if args.prompts else f"template{args.template}", args.algo]
+    parts += [] if args.no_bpt else ["bpt" if args.interval == "backward" else "forward"]
+    parts += [] if args.no_bs else ["bs"]
+    return "runs/" + "-".join([*parts, f"seed{args.seed}"])
+
+
+def first_line(args, world):
+    """Which model is trained on what, and which flag chooses the other."""
+    processes = f", {world} processes" if world > 1 else ""
+    other = f"--model {SD}" if tiny_folder(args.model) else "--model tiny"
+    name = "the bundled tiny model" if tiny_folder(args.model) else args.model
+    return f"Training {name} on {args.device} ({args.precision}{processes}); {other} for the other."
+
+
+def open_folder(args, first, rank):
+    """The run folder: made new, or of the run to resume with its metrics cut to `first` rounds."""
+    folder = Path(args.resume or args.out)
+    if rank == 0:
+        if args.resume:
+            keep_metrics(folder, first)
+        else:
+            config = {k: v for k, v in vars(args).items() if k not in ("resume", "out")}
+            new_run(folder, config)
+    return folder
+
+
+def read_config(folder):
+    """The settings of the run in `folder`, for --resume."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        die(f"{folder} holds no run to resume: there is no readable config.json")
+
+
+def save_checkpoint(folder, done, lora, optimizer, history):
+    """After `done` rounds: everything that a bit-exact resume needs, in one rename.
+
+    The safetensors header carries the round and the reward history, so that weights and round
+    can not disagree (trap 8: a wrong round is a wrong tau).
+    """
+    tensors = {name: value.detach().cpu() for name, value in lora.items()}
+    for name, parameter in lora.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}:{name}"] = value.detach().cpu()
+    write_safetensors(
+        folder / "checkpoint.safetensors", tensors,
+        {"rounds_done": str(done), "history": json.dumps(history)},
+    )  # fmt: skip
+
+
+def load_checkpoint(folder, lora, optimizer):
+    """Restore weights and optimizer in place; returns rounds done and reward history, or 0, {}."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        print(f"{folder} has no checkpoint yet: starting from its first round")
+        return 0, {}
+    try:
+        with safe_open(path, "pt") as file:
+            meta, saved = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        done, history = int(meta["rounds_done"]), json.loads(meta["history"])
+        with torch.no_grad():
+            for name, parameter in lora.items():
+                parameter.copy_(saved[name])
+                state = {k.split(":")[0]: v for k, v in saved.items() if k.endswith(":" + name)}
+                if state:
+                    optimizer.state[parameter] = {
+                        k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
+                    }
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as problem:
+        die(f"{path} is damaged or of another model ({type(problem).__name__}: {problem})")
+    return done, history
+
+
+def keep_metrics(folder, rounds):
+    """Cut metrics.jsonl back to its first `rounds` lines: those that the checkpoint holds."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()[:rounds] if path.exists() else []
+    aside = Path(f"{path}.part")
+    aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def append_metrics(folder, line):
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_scores(folder):
+    """The scores before training, if the interrupted run got that far; else None."""
+    path = folder / "before.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def paired_gain(before, after):
+    """Mean gain over the same (prompt, seed) pairs and its standard error."""
+    gain = torch.tensor(after).double() - torch.tensor(before).double()
+    error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else torch.zeros(())
+    return gain.mean().item(), error.item()
+
+
+def finish(folder, args, before, after, rank):
+    """Write summary.json; returns the table that a run ends with."""
+    rows, summary = [], {}
+    for name in before:
+        for what, label in (("score", args.reward), ("recognised", "judge")):
+            old, new = before[name][what], after[name][what]
+            if old is None:
+                continue
+            gain, error = paired_gain(old, new)
+            a, b = sum(old) / len(old), sum(new) / len(new)
+            summary[f"{name}_{what}"] = dict(before=a, after=b, gain=gain, error=error, n=len(old))
+            rows.append(f"  {name:7} {label:5}  {a:.4f} -> {b:.4f}   gain {gain:+.4f} +- "
+                        f"{error:.4f} (standard error, {len(old)} pictures)")  # fmt: skip
+    if rank == 0:
+        write_json(folder / "after.json", after)
+        write_json(folder / "summary.json", summary)
+    rows += [
+        f"Pictures before and after: {folder}/grids. Metrics: {folder}/metrics.jsonl.",
+        f"Your own prompt, base and LoRA side by side: python eval.py --lora {folder} "
+        '--prompt "a cat washing dishes"',
+    ]
+    return "\n".join(["", "Scores before and after, same noise:", *rows])
+
+
+def save_grid(path, images, columns, rank=0):
+    """Pictures (B, 3, H, W) in [0, 1] -> one PNG, row by row, enlarged if they are tiny."""
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
+    if rank > 0:
+        return
+    scale = max(1, 128 // images.shape[-1])
+    big = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    to_pil_image(make_grid(big, nrow=columns, padding=4, pad_value=1.0)).save(f"{path}.part", "PNG")
+    os.replace(f"{path}.part", path)
+
+
+def spread(thumbs, owners):
+    """Mean std, over pictures of one prompt, of 8x8 thumbnails: falls when a model collapses."""
+    groups = [[j for j, o in enumerate(owners) if o == prompt] for prompt in set(owners)]
+    stds = [thumbs[g].std(0).mean() for g in groups if len(g) > 1]
+    return torch.stack(stds).mean().item() if stds else 0.0
+
+
+# ---------------------------------------------------------------- processes
+
+
+def init_processes(device):
+    """Join torchrun's process group if there is one; returns (rank, world size, device)."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def all_sum(tensor, device):
+    """The sum of `tensor` over all processes, bit for bit the tensor itself in a single one."""
+    if not dist.is_initialized():
+        return tensor
+    there = tensor.to(device)
+    dist.all_reduce(there)
+    return there.to(tensor.device)
+
+
+def sum_gradients(parameters, device):
+    """Add up the gradients of all processes; one that trained nothing adds zeros."""
+    if not dist.is_initialized():
+        return
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = all_sum(torch.cat([p.grad.flatten() for p in parameters]), device)
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(grad.view_as(p))
