@@ -38,11 +38,11 @@ class LoRALinear(nn.Module):
 def inject_lora(unet, rank=4, targets=TARGETS, seed=0):
     """Freeze `unet`, wrap its attention projections, return the trainable parameters by name.
 
-    The names are those of the file. Raises ValueError if no module matches or one is wrapped.
+    The names are those of the file. Layers injected before are replaced. Raises ValueError if no
+    module matches.
     """
+    remove_lora(unet)
     unet.requires_grad_(False)
-    if lora_layers(unet):
-        raise ValueError("this UNet already carries LoRA layers")
     generator = torch.Generator().manual_seed(seed)
     for name, module in list(unet.named_modules()):
         if isinstance(module, nn.Linear) and ".attn" in name and name.endswith(targets):
@@ -51,6 +51,13 @@ def inject_lora(unet, rank=4, targets=TARGETS, seed=0):
     if not lora_layers(unet):
         raise ValueError(f"no attention projection named {', '.join(targets)} in this UNet")
     return lora_parameters(unet)
+
+
+def remove_lora(unet):
+    """Put the frozen layers back in place."""
+    for name, layer in lora_layers(unet).items():
+        parent, _, child = name.rpartition(".")
+        setattr(unet.get_submodule(parent), child, layer.base)
 
 
 def lora_layers(unet):

@@ -6,6 +6,8 @@ numbers, higher is better. `load_reward` makes one from its name.
 
 import torch
 
+from runs import Stop
+
 # Sec. 4.1: ViT-H-14 CLIP; the weights are the authors' choice [official].
 CLIP_SD = ("ViT-H-14", "laion2b_s32b_b79k")
 REWARDS = ("clip",)
@@ -59,19 +61,19 @@ class ClipScore:
 def checked(reward, name):
     """`reward`, with its answer checked: a (B,) float32 CPU tensor of finite numbers.
 
-    Raises ValueError naming the reward and, for NaN or infinity, the prompt.
+    Raises `runs.Stop` naming the reward and, for NaN or infinity, the prompt.
     """
 
     def call(images, prompts):
         scores = torch.as_tensor(reward(images, prompts)).detach().float().cpu()
         if scores.shape != (len(prompts),):
-            raise ValueError(
+            raise Stop(
                 f"reward {name} returned shape {tuple(scores.shape)} for {len(prompts)} pictures: "
                 f"it must return one number a picture"
             )
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
         if bad:
-            raise ValueError(
+            raise Stop(
                 f"reward {name} returned {scores[bad[0]]} for the prompt {prompts[bad[0]]!r}"
             )
         return scores

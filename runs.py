@@ -8,6 +8,7 @@ renamed, so that a stop at any moment leaves the old file or the new one:
 There is no random state to keep: all noise comes from keyed generators (see `ddim_logprob.py`).
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -26,6 +27,26 @@ def die(message):
     """Bad input: one clear line, exit code 2, no traceback."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+class Stop(Exception):
+    """The run can not go on; the message says why and what to do."""
+
+
+@contextlib.contextmanager
+def resumable(folder):
+    """Inside, a stop of any kind ends with the reason and the command that resumes the run."""
+    saved = Path(folder) / "checkpoint.safetensors"
+    again = f"Finished rounds are saved. To go on: python train.py --resume {folder}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nStopped. {again if saved.exists() else ''}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Stop as problem:
+        die(f"{problem}. {again}" if saved.exists() else problem)
+    except OSError as problem:
+        die(f"cannot write to {folder}: {problem.strerror or problem}. {again}")
 
 
 # ---------------------------------------------------------------- prompts
@@ -111,6 +132,21 @@ def tiny_folder(model):
     return path if (path / "judge").is_dir() else None
 
 
+def choose_device(args):
+    """Fill in args.device, or refuse one that torch can not see."""
+    if args.device is None:
+        mps = torch.backends.mps.is_available()
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        die(f"--device {args.device} is not there: use cpu, or a device that torch can see")
+
+
+def default_precision(device, is_tiny):
+    return "fp16" if device.startswith("cuda") and not is_tiny else "fp32"
+
+
 def load_pipeline(model, dtype=torch.float32):
     """A `StableDiffusionPipeline` from a folder, a hub id or one .safetensors checkpoint.
 
@@ -176,9 +212,10 @@ def load_judge(model, candidates):
 
     judge = tiny.load_judge(model.tiny / "judge")
     try:
-        return lambda images, prompts: tiny.recognise(judge, images, prompts, candidates)
-    except KeyError:
+        [tiny.parse(prompt) for prompt in candidates]
+    except ValueError:  # a user's own prompts, which the judge has never seen
         return None
+    return lambda images, prompts: tiny.recognise(judge, images, prompts, candidates)
 
 
 # ---------------------------------------------------------------- files
@@ -311,35 +348,13 @@ def read_scores(folder):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def paired_gain(before, after):
-    """Mean gain over the same (prompt, seed) pairs and its standard error."""
-    gain = torch.tensor(after).double() - torch.tensor(before).double()
-    error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else torch.zeros(())
-    return gain.mean().item(), error.item()
-
-
-def finish(folder, args, before, after, rank):
-    """Write summary.json; returns the table that a run ends with."""
-    rows, summary = [], {}
-    for name in before:
-        for what, label in (("score", args.reward), ("recognised", "judge")):
-            old, new = before[name][what], after[name][what]
-            if old is None:
-                continue
-            gain, error = paired_gain(old, new)
-            a, b = sum(old) / len(old), sum(new) / len(new)
-            summary[f"{name}_{what}"] = dict(before=a, after=b, gain=gain, error=error, n=len(old))
-            rows.append(f"  {name:7} {label:5}  {a:.4f} -> {b:.4f}   gain {gain:+.4f} +- "
-                        f"{error:.4f} (standard error, {len(old)} pictures)")  # fmt: skip
-    if rank == 0:
-        write_json(folder / "after.json", after)
-        write_json(folder / "summary.json", summary)
-    rows += [
-        f"Pictures before and after: {folder}/grids. Metrics: {folder}/metrics.jsonl.",
+def last_lines(folder):
+    """Where to look after a run."""
+    return (
+        f"Pictures before and after: {folder}/grids. Metrics: {folder}/metrics.jsonl.\n"
         f"Your own prompt, base and LoRA side by side: python eval.py --lora {folder} "
-        '--prompt "a cat washing dishes"',
-    ]
-    return "\n".join(["", "Scores before and after, same noise:", *rows])
+        '--prompt "a cat washing dishes"'
+    )
 
 
 def save_grid(path, images, columns, rank=0):
@@ -353,13 +368,6 @@ def save_grid(path, images, columns, rank=0):
     big = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     to_pil_image(make_grid(big, nrow=columns, padding=4, pad_value=1.0)).save(f"{path}.part", "PNG")
     os.replace(f"{path}.part", path)
-
-
-def spread(thumbs, owners):
-    """Mean std, over pictures of one prompt, of 8x8 thumbnails: falls when a model collapses."""
-    groups = [[j for j, o in enumerate(owners) if o == prompt] for prompt in set(owners)]
-    stds = [thumbs[g].std(0).mean() for g in groups if len(g) > 1]
-    return torch.stack(stds).mean().item() if stds else 0.0
 
 
 # ---------------------------------------------------------------- processes

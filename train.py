@@ -7,7 +7,7 @@ by policy gradient. Two ideas against the sparse reward: BPT trains only the las
 grows to T over the rounds (Sec. 3.2); BS branches K times at x_tau and trains on the best and the
 worst branch (Sec. 3.3). DDPO is a setting: --no-bpt --no-bs.
 
-The loop in `main` reads like Algorithm 1 (reconstructed: both texts of the paper lost it). The
+The loop in `algorithm_1` reads like Algorithm 1 (reconstructed: both texts of the paper lost it). The
 mathematics is in `b2rl.py` and `ddim_logprob.py`, what surrounds a run in `runs.py`.
 
 Deliberate departures, besides those that `b2rl.py` and `ddim_logprob.py` name:
@@ -36,7 +36,7 @@ from b2rl import (
 from ddim_logprob import (
     ddim_mean, denoise, gaussian_kl, guided_prediction, keyed_generator, log_prob,
 )  # fmt: skip
-from eval import evaluate
+from eval import compare, evaluate, spread
 from lora import inject_lora, lora_off, lora_state
 from rewards import REWARDS, load_reward
 
@@ -101,24 +101,23 @@ def parse_args(argv):
             help=f"{text} (default SD {sd}, tiny {tiny})")  # fmt: skip
     args = parser.parse_args(argv)
     if args.resume:
-        resumed = runs.read_config(args.resume)
-        return argparse.Namespace(**{**vars(args), **resumed, "resume": args.resume})
+        given = [k for k, v in vars(args).items() if v != parser.get_default(k)]
+        if other := [f"--{k.replace('_', '-')}" for k in given if k not in ("resume", "threads")]:
+            runs.die(f"--resume takes all settings from the run: leave out {', '.join(other)}")
+        return argparse.Namespace(**{**vars(args), **runs.read_config(args.resume)})
     return check(fill_in(args))
 
 
 def fill_in(args):
     """Choose device and model where the user did not, and the settings that belong to them."""
-    if args.device is None:
-        mps = torch.backends.mps.is_available()
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    runs.choose_device(args)
     if args.model is None:
         args.model = runs.SD if args.device.startswith("cuda") else "tiny"
     is_tiny = runs.tiny_folder(args.model) is not None
     for name, _, sd, tiny, _ in SETTINGS:
         if getattr(args, name) is None:
             setattr(args, name, tiny if is_tiny else sd)
-    if args.precision is None:
-        args.precision = "fp16" if args.device.startswith("cuda") and not is_tiny else "fp32"
+    args.precision = args.precision or runs.default_precision(args.device, is_tiny)
     if args.no_bs:
         args.branches = 1
     args.out = args.out or runs.default_folder(args)
@@ -147,10 +146,6 @@ def check(args):
     for fine, message in rules:
         if not fine:
             runs.die(message)
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError):
-        runs.die(f"--device {args.device} is not there: use cpu, or a device that torch can see")
     return args
 
 
@@ -219,7 +214,7 @@ def sample_round(model, reward, prompts, i, interval, args, rank, world):
             thumbs.append(torch.nn.functional.adaptive_avg_pool2d(images, 8))
         scores[mine] = torch.cat(mine_scores).view(-1, K)
     scores = runs.all_sum(scores, model.device)
-    diversity = runs.spread(torch.cat(thumbs), owners) if thumbs else 0.0
+    diversity = spread(torch.cat(thumbs), owners) if thumbs else 0.0
     seconds = {"sampling": sampled - clock, "reward": time.perf_counter() - sampled}
     states = torch.cat(states) if states else torch.zeros(0)
     log_ps = torch.cat(log_ps) if log_ps else torch.zeros(0)
@@ -298,7 +293,7 @@ def train_round(model, data, r_hat, kept, interval, optimizer, i, args):
     """Algorithm 1, training: epochs over the kept trajectories, an AdamW step for each update."""
     clock, parameters = time.perf_counter(), optimizer.param_groups[0]["params"]
     log = {"updates": 0, "skipped_updates": 0, "trajectories_per_update": []}
-    totals, norms = None, []
+    totals, norms, in_a_row = None, [], 0
     for epoch in range(args.epochs):
         shuffle = keyed_generator(args.seed, i, "shuffle", epoch)
         for update in split_updates(kept, args.update_size, shuffle):
@@ -313,9 +308,12 @@ def train_round(model, data, r_hat, kept, interval, optimizer, i, args):
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             if norm.isfinite():
                 optimizer.step()
-                log["updates"] += 1
-            else:
-                log["skipped_updates"] += 1
+                log["updates"], in_a_row = log["updates"] + 1, 0
+            else:  # NaN or infinite: the weights stay as they are
+                log["skipped_updates"], in_a_row = log["skipped_updates"] + 1, in_a_row + 1
+                if in_a_row == 5:
+                    raise runs.Stop("5 updates in a row had a NaN or infinite gradient. Lower --lr "
+                                    "or --clip-range, or take --precision bf16 or fp32")
             norms.append(norm.item())
             log["trajectories_per_update"].append(len(update))
     if totals:
@@ -346,8 +344,14 @@ def kl_to_base(model, data, kept, interval, i, args):
 
 
 def main(argv=None):
-    """Algorithm 1. Returns the run folder."""
+    """Check the flags, then run; Ctrl-C, a full disk or a bad reward ends with a clear line."""
     args = parse_args(argv)
+    with runs.resumable(args.resume or args.out):
+        return algorithm_1(args)
+
+
+def algorithm_1(args):
+    """Algorithm 1: the loop over rounds. Returns the run folder."""
     train_prompts, unseen_prompts = runs.load_prompts(args.template, args.prompts)
     rank, world, device = runs.init_processes(torch.device(args.device))
     if args.threads:
@@ -422,7 +426,11 @@ def main(argv=None):
     if rank == 0:
         runs.write_safetensors(folder / "pytorch_lora_weights.safetensors", lora_state(model.unet))
     after = report("after")
-    say(runs.finish(folder, args, before, after, rank))
+    summary, rows = compare(before, after, args.reward)
+    if rank == 0:
+        runs.write_json(folder / "after.json", after)
+        runs.write_json(folder / "summary.json", summary)
+    say("\n".join(["", "Scores before and after, same noise:", *rows, runs.last_lines(folder)]))
     return folder
 
 
