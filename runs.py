@@ -54,20 +54,17 @@ def resumable(folder):
 
 def read_prompts(path):
     """A prompt file -> {section: [prompts]}; a file without [section] lines has one, ""."""
-    path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         die(f"cannot read the prompt file {path}: {getattr(problem, 'strerror', problem)}")
     lists, section = {}, ""
-    for line in (raw.strip() for raw in lines):
+    for line in map(str.strip, lines):
         if line.startswith("[") and line.endswith("]"):
             section = line[1:-1]
         elif line and not line.startswith("#"):
             lists.setdefault(section, []).append(line)
-    if not lists:
-        die(f"the prompt file {path} holds no prompt: write one a line")
-    return lists
+    return lists or die(f"the prompt file {path} holds no prompt: write one a line")
 
 
 def load_prompts(template, path=None):
@@ -75,14 +72,11 @@ def load_prompts(template, path=None):
 
     A user's file without sections has no unseen prompts; one with [train] and [unseen] has both.
     """
+    lists = read_prompts(path or HERE / "prompts.txt")
     if path is None:
-        lists = read_prompts(HERE / "prompts.txt")
         return lists[f"{template} train"], lists[f"{template} unseen"]
-    lists = read_prompts(path)
     train = lists.get("train", lists.get(""))
-    if not train:
-        die(f"the prompt file {path} has sections but none called [train]: remove or rename them")
-    return train, lists.get("unseen", [])
+    return train or die(f"{path} has sections but none is called [train]"), lists.get("unseen", [])
 
 
 # ---------------------------------------------------------------- the model
@@ -98,9 +92,7 @@ class Model:
     tiny: Path | None
     cache: dict
 
-    @property
-    def unet(self):
-        return self.pipe.unet
+    unet = property(lambda self: self.pipe.unet)
 
     @property
     def latent_shape(self):
@@ -153,16 +145,18 @@ def load_pipeline(model, dtype=torch.float32):
     Ends with a clear line for another model family, a missing file, an unreachable hub.
     """
     import diffusers
+    import transformers
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     name = str(HERE / "tiny") if model == "tiny" else model
-    options = dict(torch_dtype=dtype, safety_checker=None, requires_safety_checker=False)
+    options = dict(dtype=dtype, safety_checker=None, requires_safety_checker=False)
     try:
-        if name.endswith((".safetensors", ".ckpt")):
-            if name.endswith(".ckpt"):
-                die(f"{name} is a pickle, which can run code: convert it to .safetensors first")
+        if name.endswith(".ckpt"):
+            die(f"{name} is a pickle, which can run code: convert it to .safetensors first")
+        if name.endswith(".safetensors"):
             if not Path(name).is_file():
                 die(f"no checkpoint at {name}")
             return StableDiffusionPipeline.from_single_file(name, **options)
@@ -171,11 +165,9 @@ def load_pipeline(model, dtype=torch.float32):
             die(f"{model} is a {family}; only Stable Diffusion 1.x and 2.x are supported")
         return StableDiffusionPipeline.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as problem:  # hub errors are OSErrors
-        first = str(problem).strip().splitlines()[0] if str(problem).strip() else repr(problem)
-        die(
-            f"cannot load {model}: {first[:200]}. Is the name or folder right and the hub "
-            "reachable? The bundled model needs neither: --model tiny"
-        )
+        first = (str(problem).strip() or repr(problem)).splitlines()[0][:200]
+        die(f"cannot load {model}: {first}. Is the name or folder right and the hub reachable? "
+            "The bundled model needs neither: --model tiny")  # fmt: skip
 
 
 def load_model(args, device):
@@ -190,8 +182,7 @@ def load_model(args, device):
     # over whatever the old scheduler left out, clip_sample=True among it.
     pipe.scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config, clip_sample=False, thresholding=False, set_alpha_to_one=False,
-        steps_offset=1, timestep_spacing="leading",
-    )  # fmt: skip
+        steps_offset=1, timestep_spacing="leading")  # fmt: skip
     try:
         schedule = make_schedule(pipe.scheduler, args.T, args.eta)
     except ValueError as problem:
@@ -221,38 +212,30 @@ def load_judge(model, candidates):
 # ---------------------------------------------------------------- files
 
 
+@contextlib.contextmanager
+def aside(path):
+    """A name to write to; renamed to `path` once the writing is done."""
+    part = Path(f"{path}.part")
+    yield part
+    os.replace(part, path)
+
+
 def write_json(path, data):
-    """Write aside, then rename."""
-    aside = Path(f"{path}.part")
-    aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    with aside(path) as part:
+        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Write aside, then rename. The metadata is a flat dict of strings."""
+    """Tensors by name, and a flat dict of strings for the file's header."""
     from safetensors.torch import save_file
 
-    aside = f"{path}.part"
-    save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata=metadata)
-    os.replace(aside, path)
-
-
-def new_run(folder, config):
-    """Make the run folder; refuses one that already holds a run."""
-    folder = Path(folder)
-    if (folder / "config.json").exists():
-        die(f"{folder} already holds a run: choose another --out, or --resume {folder}")
-    try:
-        (folder / "grids").mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        die(f"cannot make the run folder {folder}: {problem.strerror}")
-    write_json(folder / "config.json", config)
-    return folder
+    with aside(path) as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata=metadata)
 
 
 def default_folder(args):
     """runs/<model>-<reward>-<prompts>-<algo and strategies>-seed<seed>"""
-    parts = [Path(args.model).stem, args.reward]
+    parts = [Path(args.model).stem, Path(args.reward).name.replace(".py:", "-")]
     parts += [Path(args.prompts).stem if args.prompts else f"template{args.template}", args.algo]
     parts += [] if args.no_bpt else ["bpt" if args.interval == "backward" else "forward"]
     parts += [] if args.no_bs else ["bs"]
@@ -267,47 +250,49 @@ def first_line(args, world):
     return f"Training {name} on {args.device} ({args.precision}{processes}); {other} for the other."
 
 
+def holds_run(folder):
+    return (Path(folder) / "config.json").exists()
+
+
 def open_folder(args, first, rank):
     """The run folder: made new, or of the run to resume with its metrics cut to `first` rounds."""
     folder = Path(args.resume or args.out)
-    if rank == 0:
-        if args.resume:
-            keep_metrics(folder, first)
-        else:
-            config = {k: v for k, v in vars(args).items() if k not in ("resume", "out")}
-            new_run(folder, config)
+    if rank > 0:
+        return folder
+    if args.resume:
+        keep_metrics(folder, first)
+        return folder
+    (folder / "grids").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {k: v for k, v in vars(args).items() if k != "resume"})
     return folder
 
 
 def read_config(folder):
-    """The settings of the run in `folder`, for --resume."""
+    """The settings of the run in `folder`."""
     try:
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        die(f"{folder} holds no run to resume: there is no readable config.json")
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        assert config["rounds"] and config["model"]
+        return config
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        die(f"{folder} holds no run: there is no config.json of a run in it")
 
 
 def save_checkpoint(folder, done, lora, optimizer, history):
-    """After `done` rounds: everything that a bit-exact resume needs, in one rename.
-
-    The safetensors header carries the round and the reward history, so that weights and round
-    can not disagree (trap 8: a wrong round is a wrong tau).
-    """
+    """After `done` rounds: everything that a bit-exact resume needs, in one file and one rename,
+    so that weights and round can not disagree (trap 8: a wrong round is a wrong tau)."""
     tensors = {name: value.detach().cpu() for name, value in lora.items()}
     for name, parameter in lora.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}:{name}"] = value.detach().cpu()
-    write_safetensors(
-        folder / "checkpoint.safetensors", tensors,
-        {"rounds_done": str(done), "history": json.dumps(history)},
-    )  # fmt: skip
+    header = {"rounds_done": str(done), "history": json.dumps(history)}
+    write_safetensors(folder / "checkpoint.safetensors", tensors, header)
 
 
 def load_checkpoint(folder, lora, optimizer):
     """Restore weights and optimizer in place; returns rounds done and reward history, or 0, {}."""
     from safetensors import SafetensorError, safe_open
 
-    path = folder / "checkpoint.safetensors"
+    path = Path(folder) / "checkpoint.safetensors"
     if not path.exists():
         print(f"{folder} has no checkpoint yet: starting from its first round")
         return 0, {}
@@ -319,9 +304,10 @@ def load_checkpoint(folder, lora, optimizer):
             for name, parameter in lora.items():
                 parameter.copy_(saved[name])
                 state = {k.split(":")[0]: v for k, v in saved.items() if k.endswith(":" + name)}
-                if state:
+                if state:  # "step" stays on the CPU, as AdamW makes it
                     optimizer.state[parameter] = {
-                        k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
+                        k: v.to("cpu" if k == "step" else parameter.device)
+                        for k, v in state.items()
                     }
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as problem:
         die(f"{path} is damaged or of another model ({type(problem).__name__}: {problem})")
@@ -332,9 +318,8 @@ def keep_metrics(folder, rounds):
     """Cut metrics.jsonl back to its first `rounds` lines: those that the checkpoint holds."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()[:rounds] if path.exists() else []
-    aside = Path(f"{path}.part")
-    aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(aside, path)
+    with aside(path) as part:
+        part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def append_metrics(folder, line):
@@ -342,19 +327,9 @@ def append_metrics(folder, line):
         file.write(json.dumps(line) + "\n")
 
 
-def read_scores(folder):
-    """The scores before training, if the interrupted run got that far; else None."""
-    path = folder / "before.json"
+def read_json(path):
+    """What a run wrote, or None if it did not get that far."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def last_lines(folder):
-    """Where to look after a run."""
-    return (
-        f"Pictures before and after: {folder}/grids. Metrics: {folder}/metrics.jsonl.\n"
-        f"Your own prompt, base and LoRA side by side: python eval.py --lora {folder} "
-        '--prompt "a cat washing dishes"'
-    )
 
 
 def save_grid(path, images, columns, rank=0):
@@ -366,8 +341,8 @@ def save_grid(path, images, columns, rank=0):
         return
     scale = max(1, 128 // images.shape[-1])
     big = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    to_pil_image(make_grid(big, nrow=columns, padding=4, pad_value=1.0)).save(f"{path}.part", "PNG")
-    os.replace(f"{path}.part", path)
+    with aside(path) as part:
+        to_pil_image(make_grid(big, nrow=columns, padding=4, pad_value=1.0)).save(part, "PNG")
 
 
 # ---------------------------------------------------------------- processes
@@ -385,6 +360,11 @@ def init_processes(device):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def parts(tensor, size):
+    """`tensor.split(size)`, but no part at all of an empty tensor."""
+    return tensor.split(size) if len(tensor) else ()
+
+
 def all_sum(tensor, device):
     """The sum of `tensor` over all processes, bit for bit the tensor itself in a single one."""
     if not dist.is_initialized():
@@ -396,10 +376,5 @@ def all_sum(tensor, device):
 
 def sum_gradients(parameters, device):
     """Add up the gradients of all processes; one that trained nothing adds zeros."""
-    if not dist.is_initialized():
-        return
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = all_sum(torch.cat([p.grad.flatten() for p in parameters]), device)
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(grad.view_as(p))
+    for p in parameters if dist.is_initialized() else ():
+        p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad, device)

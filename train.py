@@ -38,7 +38,7 @@ from ddim_logprob import (
 )  # fmt: skip
 from eval import compare, evaluate, spread
 from lora import inject_lora, lora_off, lora_state
-from rewards import REWARDS, load_reward
+from rewards import REWARDS, check_reward_name, load_reward
 
 ALGOS = ("ddpo", "pg", "dpok", "dpo")
 
@@ -80,7 +80,8 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: runs.die(f"{message} (see --help)")
     add = parser.add_argument
-    add("--reward", default="clip", help=f"{', '.join(REWARDS)} (Sec. 4.1)")
+    add("--reward", default="clip", help=f"{', '.join(REWARDS)} (Sec. 4.1), or your own as "
+        "file.py:function, which runs the file's code")  # fmt: skip
     add("--template", type=int, choices=(1, 2, 3), default=1, help="prompt template (App. H)")
     add("--prompts", help="your own prompts, one a line, in place of a template")
     add("--model", help="tiny, a hub id, a diffusers folder or a .safetensors checkpoint")
@@ -104,7 +105,12 @@ def parse_args(argv):
         given = [k for k, v in vars(args).items() if v != parser.get_default(k)]
         if other := [f"--{k.replace('_', '-')}" for k in given if k not in ("resume", "threads")]:
             runs.die(f"--resume takes all settings from the run: leave out {', '.join(other)}")
-        return argparse.Namespace(**{**vars(args), **runs.read_config(args.resume)})
+        kept = {k: v for k, v in vars(args).items() if k in given}
+        resumed = argparse.Namespace(**{**vars(args), **runs.read_config(args.resume), **kept})
+        runs.choose_device(resumed)
+        if problem := check_reward_name(resumed.reward):
+            runs.die(problem)
+        return resumed
     return check(fill_in(args))
 
 
@@ -127,18 +133,22 @@ def fill_in(args):
 def check(args):
     """Refuse settings that cannot work, before anything heavy is loaded."""
     rules = (
-        (args.reward in REWARDS, f"unknown --reward {args.reward}: one of {', '.join(REWARDS)}"),
+        ((problem := check_reward_name(args.reward)) is None, problem),
         (args.algo in ALGOS, f"unknown --algo {args.algo}: one of {', '.join(ALGOS)}"),
         (1 <= args.tau0 <= args.T, f"--tau0 {args.tau0} is outside 1..T = {args.T}"),
         (args.no_bs or args.branches >= 2, "--branches must be 2 or more, or pass --no-bs"),
-        (args.queries >= args.branches, f"--queries {args.queries} is less than one root's "
-         f"--branches {args.branches}"),
+        (args.queries >= args.branches, f"--queries must be at least --branches {args.branches}"),
         (args.eta > 0, "--eta must be above 0: without noise a step has no probability"),
-        (args.lr > 0 and args.clip_range > 0, "--lr and --clip-range must be above 0"),
         (0 <= args.threshold < args.adv_clip, "--threshold must be from 0 to --adv-clip"),
-        (args.window >= 0, "--window must be 0 or more"),
-        (args.T <= 1000, "--T must be at most 1000, the number of training timesteps"),
+        (args.T <= 999, "--T must be at most 999: the model knows 1000 timesteps, the first is 1"),
+        (0 <= args.beta1 < 1 and 0 <= args.beta2 < 1, "--beta1 and --beta2 must be from 0 to 1"),
+        (args.threads is None or args.threads >= 1, "--threads must be 1 or more"),
+        (not runs.holds_run(args.out), f"{args.out} holds a run: take another --out or --resume"),
         (args.algo != "dpo" or args.micro_batch >= 2, "dpo needs --micro-batch 2 or more"),
+        *((getattr(args, n) > 0, f"--{n.replace('_', '-')} must be above 0") for n in (
+            "lr", "clip_range", "adam_eps", "max_grad_norm", "adv_clip")),
+        *((getattr(args, n) >= 0, f"--{n.replace('_', '-')} must be 0 or more") for n in (
+            "window", "weight_decay", "kl_beta", "dpo_beta", "guidance")),
         *((getattr(args, n) >= 1, f"--{n.replace('_', '-')} must be 1 or more") for n in (
             "T", "rounds", "queries", "epochs", "update_size", "rank", "sample_batch",
             "micro_batch", "decode_batch", "eval_images", "grid_every")),
@@ -172,7 +182,7 @@ def sample_round(model, reward, prompts, i, interval, args, rank, world):
     P = args.queries // K
     draw = keyed_generator(args.seed, i, "prompts")
     drawn = [prompts[j] for j in torch.randint(len(prompts), (P,), generator=draw).tolist()]
-    mine = torch.arange(rank, P, world)
+    mine = torch.arange(P)[rank::world]
     uncond, common = model.embed([""]), (args.guidance,)
 
     def path(roots, x, start, stop, keys, keep=False):
@@ -183,7 +193,7 @@ def sample_round(model, reward, prompts, i, interval, args, rank, world):
 
     states, log_ps, finals = [], [], []
     # x_T, then the path to x_start that the branches share: once a root, nothing kept (trap 9)
-    for roots in mine.split(args.sample_batch):
+    for roots in runs.parts(mine, args.sample_batch):
         roots = roots.tolist()
         x_T = torch.stack([torch.randn(model.latent_shape, generator=keyed_generator(
             args.seed, i, p, "x_T")) for p in roots])  # fmt: skip
@@ -192,7 +202,7 @@ def sample_round(model, reward, prompts, i, interval, args, rank, world):
     x_start = torch.cat(finals) if finals else torch.zeros(0, *model.latent_shape)
     # K branches of each root through the training interval, and on to x_0 if it stops earlier
     finals = []
-    for at in torch.arange(len(mine)).split(max(1, args.sample_batch // K)):
+    for at in runs.parts(torch.arange(len(mine)), max(1, args.sample_batch // K)):
         roots = mine[at].tolist()
         keys = [(p, k) for p in roots for k in range(K)]
         x, kept, log_p = path(roots, x_start[at].to(model.device), start, stop, keys, keep=True)
@@ -331,7 +341,7 @@ def kl_to_base(model, data, kept, interval, i, args):
     rows, _, _ = unet_rows(kept[torch.isin(kept[:, 1], data.mine)], interval[0] - interval[1])
     pick = torch.randperm(len(rows), generator=keyed_generator(args.seed, i, "kl"))[:64]
     sums = torch.zeros(2, dtype=torch.float64)
-    for part in rows[pick.sort().values].split(args.micro_batch):
+    for part in runs.parts(rows[pick.sort().values], args.micro_batch):
         prediction, x_t, t = predict(model, data, part, interval, args)
         mu, sigma = ddim_mean(model.schedule, prediction, x_t, t)
         with lora_off(model.unet):
@@ -356,7 +366,7 @@ def algorithm_1(args):
     rank, world, device = runs.init_processes(torch.device(args.device))
     if args.threads:
         torch.set_num_threads(args.threads)
-    say = print if rank == 0 else lambda *_: None
+    say = print if rank == 0 else lambda *_, **__: None
     say(runs.first_line(args, world))
     model = runs.load_model(args, device)
     reward = load_reward(args.reward, model.tiny, device, runs.DTYPES[args.precision])
@@ -379,7 +389,7 @@ def algorithm_1(args):
             runs.save_grid(folder / f"grids/{when}-{name}.png", images, 9, rank)
         return results
 
-    before = runs.read_scores(folder) if args.resume else None
+    before = runs.read_json(folder / "before.json") if args.resume else None
     if before is None:
         with lora_off(model.unet):
             before = report("before")
@@ -430,7 +440,9 @@ def algorithm_1(args):
     if rank == 0:
         runs.write_json(folder / "after.json", after)
         runs.write_json(folder / "summary.json", summary)
-    say("\n".join(["", "Scores before and after, same noise:", *rows, runs.last_lines(folder)]))
+    say("\nScores before and after, same noise:", *rows, sep="\n")
+    say(f"Pictures before and after: {folder}/grids. Metrics: {folder}/metrics.jsonl.\nYour own "
+        f'prompt: python eval.py --lora {folder} --prompt "a cat washing dishes"')
     return folder
 
 

@@ -1,5 +1,7 @@
 """A pipeline of random weights with the classes of Stable Diffusion, and helpers on it."""
 
+import contextlib
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub client is imported
 
 
 def make_pipeline(prediction_type="epsilon", seed=0):
@@ -67,3 +70,25 @@ def randomise_lora(unet, scale=0.02, seed=1):
         for name, p in lora_parameters(unet).items():
             if name.endswith("lora_B.weight"):
                 p.copy_(scale * torch.randn(p.shape, generator=generator))
+
+
+def make_small(T=6, prediction_type="epsilon"):
+    """The random pipeline as `runs.load_model` would return it, T steps, straight from memory."""
+    import runs
+    from ddim_logprob import make_schedule
+
+    pipe = make_pipeline(prediction_type)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.eval().requires_grad_(False)
+    return runs.Model(pipe, make_schedule(pipe.scheduler, T), torch.device("cpu"), None, {})
+
+
+@contextlib.contextmanager
+def count_unet_samples(unet):
+    """Inside, the list yielded gets the batch size of each UNet call."""
+    seen = []
+    hook = unet.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    try:
+        yield seen
+    finally:
+        hook.remove()

@@ -1,0 +1,167 @@
+"""LoRA by hand: starts as the base, switches off, has the right size, is read by diffusers."""
+
+import pytest
+import torch
+from conftest import make_pipeline, make_small, randomise_lora
+from diffusers import UNet2DConditionModel
+
+import runs
+from lora import (
+    LoRALinear, inject_lora, load_lora, lora_layers, lora_off, lora_parameters, lora_state,
+    remove_lora,
+)  # fmt: skip
+
+
+@torch.no_grad()
+def predict(unet, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 12, 32, generator=g)
+    return unet(x, torch.tensor([500, 3]), text).sample
+
+
+@pytest.fixture
+def unet():
+    return make_small().unet
+
+
+def test_zero_start_is_the_base_and_so_is_lora_off(unet):
+    """Bit for bit; with random LoRA only while it is switched off, also after an exception."""
+    base = predict(unet)
+    inject_lora(unet)
+    assert torch.equal(predict(unet), base)
+    randomise_lora(unet)
+    with_lora = predict(unet)
+    assert not torch.allclose(with_lora, base, atol=1e-3)
+    with lora_off(unet):
+        assert torch.equal(predict(unet), base)
+    assert torch.equal(predict(unet), with_lora)
+    with pytest.raises(RuntimeError), lora_off(unet):
+        raise RuntimeError
+    assert torch.equal(predict(unet), with_lora)
+
+
+def test_layer_is_w_plus_b_a():
+    base = torch.nn.Linear(7, 5)
+    layer = LoRALinear(base, rank=3)
+    layer.up.data.normal_()
+    assert layer.down.shape == (3, 7) and layer.up.shape == (5, 3)
+    x = torch.randn(2, 4, 7)
+    want = torch.nn.functional.linear(x, base.weight + layer.up @ layer.down, base.bias)
+    torch.testing.assert_close(layer(x), want)
+
+
+def test_start_is_normal_with_variance_one_over_rank():
+    """A ~ N(0, 1/rank), B = 0; keyed by the seed."""
+    for rank in (4, 16):
+        layer = LoRALinear(torch.nn.Linear(2000, 8), rank, torch.Generator().manual_seed(0))
+        assert layer.down.std().item() == pytest.approx(rank**-0.5, rel=0.03)
+        assert abs(layer.down.mean()) < 0.02 and layer.up.eq(0).all()
+    first, same, other = (lora_state(_injected(seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(first[k], same[k]) for k in first)
+    assert not any(torch.equal(first[k], other[k]) for k in first if "lora_A" in k)
+    downs = [v for k, v in first.items() if "lora_A" in k and v.shape == (4, 16)]
+    assert len({v.sum().item() for v in downs}) == len(downs), "each layer has its own start"
+
+
+def _injected(seed=0, rank=4):
+    unet = make_pipeline().unet
+    inject_lora(unet, rank, seed=seed)
+    return unet
+
+
+def test_half_precision_base_keeps_float32_lora(unet):
+    unet.to(torch.bfloat16)
+    inject_lora(unet)
+    assert {p.dtype for p in lora_parameters(unet).values()} == {torch.float32}
+    layer = next(iter(lora_layers(unet).values()))
+    out = layer(torch.randn(2, layer.base.in_features, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+
+
+def test_stable_diffusion_has_797184_trainable_numbers():
+    """FACTS.md's figure, on SD 1.x's own UNet (without storage)."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    lora = inject_lora(unet)
+    assert sum(p.numel() for p in lora.values()) == 797_184
+    assert len(lora) == 2 * 128  # 16 blocks x 2 attentions x 4 projections, A and B
+
+
+def test_only_lora_trains_and_gradients_reach_all_of_it():
+    unet = make_pipeline().unet
+    assert all(p.requires_grad for p in unet.parameters())
+    lora = inject_lora(unet)
+    assert {id(p) for p in unet.parameters() if p.requires_grad} == {id(p) for p in lora.values()}
+    assert lora == lora_parameters(unet)
+    randomise_lora(unet)
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 12, 32)
+    unet(x, torch.tensor([500]), text).sample.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in lora.values())
+    assert all(p.grad is None for p in unet.parameters() if not p.requires_grad)
+
+
+def test_wrapped_modules_are_the_attention_projections(unet):
+    inject_lora(unet)
+    names = set(lora_layers(unet))
+    attentions = [n for n, _ in unet.named_modules() if n.endswith((".attn1", ".attn2"))]
+    want = {f"{n}.{p}" for n in attentions for p in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert names == want and len(attentions) > 4
+
+
+def test_injecting_again_replaces_and_removing_restores_the_base(unet):
+    base = predict(unet)
+    inject_lora(unet)
+    names = set(lora_layers(unet))
+    randomise_lora(unet)
+    lora = inject_lora(unet, rank=2)
+    assert set(lora_layers(unet)) == names and len(lora) == 2 * len(names)
+    assert torch.equal(predict(unet), base)
+    randomise_lora(unet)
+    remove_lora(unet)
+    assert not lora_layers(unet) and torch.equal(predict(unet), base)
+    with pytest.raises(ValueError, match="no attention projection"):
+        inject_lora(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
+def test_state_is_a_copy_and_loads_back(unet):
+    inject_lora(unet)
+    randomise_lora(unet)
+    want, state = predict(unet), lora_state(unet)
+    randomise_lora(unet, seed=2)
+    assert not torch.allclose(predict(unet), want, atol=1e-3)
+    load_lora(unet, state)
+    assert torch.equal(predict(unet), want)
+    assert all(v.dtype == torch.float32 and not v.requires_grad for v in state.values())
+
+
+def test_foreign_lora_is_refused_and_changes_nothing(unet):
+    inject_lora(unet)
+    randomise_lora(unet)
+    state, before = lora_state(unet), predict(unet)
+    first = min(state)
+    other_rank = lora_state(_injected(rank=2))
+    cases = [
+        ({k: v for k, v in state.items() if k != first}, first),
+        ({**state, "unet.conv_in.lora_A.weight": torch.zeros(4, 4)}, "unet.conv_in"),
+        (other_rank, r"\(2, .*not \(4, "),
+        ({}, "another model"),
+    ]
+    for foreign, message in cases:
+        with pytest.raises(ValueError, match=message):
+            load_lora(unet, foreign)
+        assert torch.equal(predict(unet), before)
+
+
+def test_diffusers_loads_the_saved_file(tmp_path):
+    """`pipe.load_lora_weights(folder)` makes the same UNet as ours, not the base."""
+    ours, theirs = make_pipeline(), make_pipeline()
+    base = predict(theirs.unet)
+    inject_lora(ours.unet)
+    randomise_lora(ours.unet)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    runs.write_safetensors(path, lora_state(ours.unet))
+    theirs.load_lora_weights(tmp_path)
+    torch.testing.assert_close(predict(theirs.unet), predict(ours.unet), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(predict(theirs.unet), base, atol=1e-3)
+    assert not list(tmp_path.glob("*.part"))
