@@ -3,12 +3,12 @@
     python train.py --reward clip --template 1
 
 samples pictures with DDIM, scores them against their prompts and trains LoRA weights of the UNet
-by policy gradient. Two ideas against the sparse reward: BPT trains only the last tau steps, and tau
-grows to T over the rounds (Sec. 3.2); BS branches K times at x_tau and trains on the best and the
-worst branch (Sec. 3.3). DDPO is a setting: --no-bpt --no-bs.
+by policy gradient. Two ideas against the sparse reward: BPT trains only the last tau steps, and
+tau grows to T over the rounds (Sec. 3.2); BS branches K times at x_tau and trains on the best and
+the worst branch (Sec. 3.3). DDPO is a setting: --no-bpt --no-bs.
 
-The loop in `algorithm_1` reads like Algorithm 1 (reconstructed: both texts of the paper lost it). The
-mathematics is in `b2rl.py` and `ddim_logprob.py`, what surrounds a run in `runs.py`.
+The loop in `algorithm_1` reads like Algorithm 1 (reconstructed: both texts of the paper lost it).
+The mathematics is in `b2rl.py` and `ddim_logprob.py`, what surrounds a run in `runs.py`.
 
 Deliberate departures, besides those that `b2rl.py` and `ddim_logprob.py` name:
     [ours] an update is a fixed number of trajectories, all their steps batched together; the
