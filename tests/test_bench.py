@@ -125,6 +125,47 @@ def test_parts_run(flags, monkeypatch, tmp_path, capsys):
     assert sum(parts) == pytest.approx(whole) and all(part >= 0 for part in parts)
 
 
+class FakeWorker:
+    """Answers as a worker would, with times that are known: TRL 6, DDPO 3, B2 2 a query at best."""
+
+    loaded = 100 * bench.MB
+
+    def __init__(self, mode, setting, threads, python=None):
+        peer = mode == "--as-peer"
+        value = lambda flag: int(setting[len(setting) - setting[::-1].index(flag)])  # noqa: E731
+        self.sample = setting["sample_batch"] if peer else value("--sample-batch")
+        self.micro = setting["micro_batch"] if peer else value("--micro-batch")
+        assert not peer or self.sample >= self.micro and python == "old/python"
+        self.cost = 6 if peer else 3 if "--no-bs" in setting else 2
+
+    def round(self):
+        """Sampling is fastest at 8, training at 4, each twice as slow elsewhere; 12 queries."""
+        sampling = 4 * self.cost * (1 if self.sample == 8 else 2)
+        training = 8 * self.cost * (1 if self.micro == 4 else 2)
+        return {"sampling": sampling, "training": training, "round": sampling + training,
+                "kept": 12, "peak": 130 * bench.MB, "peak sampling": 120 * bench.MB}  # fmt: skip
+
+    def close(self):
+        pass
+
+
+def test_peer_report(flags, monkeypatch):
+    """The best batches of each, TRL's sample batch not below its micro-batch; the ratios."""
+    monkeypatch.setattr(bench, "Worker", FakeWorker)
+    monkeypatch.setattr(bench, "PEER_BATCHES", (4, 8, 16))
+    rows, ratios = bench.peer([*flags, "--queries", "16"], "old/python", 2)
+    batches = {row["batches"] for row in rows}
+    assert batches == {"paper's (8, 2)", "best (8, 4)"} and len(rows) == 6
+    assert {(row["MB loaded"], row["MB peak"], row["peak - loaded"]) for row in rows} == {
+        (100, 130, 30)}  # fmt: skip
+    got = {(r["TRL's batches"], r["against"][:8], r["batches"]):
+           r["times fewer seconds a query"][0] for r in ratios}  # fmt: skip
+    assert got == pytest.approx({
+        ("paper's", "our DDPO", "paper's"): 2, ("paper's", "our DDPO", "best"): 2 * 5 / 3,
+        ("best", "our DDPO", "best"): 2, ("paper's", "our B2 a", "paper's"): 3,
+        ("paper's", "our B2 a", "best"): 3 * 5 / 3, ("best", "our B2 a", "best"): 3})  # fmt: skip
+
+
 @pytest.mark.skipif("TRL_PYTHON" not in os.environ, reason="TRL_PYTHON: an interpreter with TRL")
 def test_peer_runs(flags, monkeypatch, tmp_path):
     """A tiny round of TRL 0.23.1's DDPOTrainer against ours, on the same folder."""
