@@ -251,7 +251,8 @@ def first_line(args, world):
 
 
 def holds_run(folder):
-    return (Path(folder) / "config.json").exists()
+    """`folder` if a run is in it, else None."""
+    return folder if (Path(folder) / "config.json").exists() else None
 
 
 def open_folder(args, first, rank):

@@ -137,13 +137,14 @@ def check(args):
         (args.algo in ALGOS, f"unknown --algo {args.algo}: one of {', '.join(ALGOS)}"),
         (1 <= args.tau0 <= args.T, f"--tau0 {args.tau0} is outside 1..T = {args.T}"),
         (args.no_bs or args.branches >= 2, "--branches must be 2 or more, or pass --no-bs"),
-        (args.queries >= args.branches, f"--queries must be at least --branches {args.branches}"),
+        (args.queries >= args.branches,
+         f"--queries {args.queries} is fewer than --branches {args.branches}"),
         (args.eta > 0, "--eta must be above 0: without noise a step has no probability"),
         (0 <= args.threshold < args.adv_clip, "--threshold must be from 0 to --adv-clip"),
         (args.T <= 999, "--T must be at most 999: the model knows 1000 timesteps, the first is 1"),
         (0 <= args.beta1 < 1 and 0 <= args.beta2 < 1, "--beta1 and --beta2 must be from 0 to 1"),
         (args.threads is None or args.threads >= 1, "--threads must be 1 or more"),
-        (not runs.holds_run(args.out), f"{args.out} holds a run: take another --out or --resume"),
+        (not (out := runs.holds_run(args.out)), f"{out} already holds a run: --resume {out}?"),
         (args.algo != "dpo" or args.micro_batch >= 2, "dpo needs --micro-batch 2 or more"),
         *((getattr(args, n) > 0, f"--{n.replace('_', '-')} must be above 0") for n in (
             "lr", "clip_range", "adam_eps", "max_grad_norm", "adv_clip")),
@@ -153,9 +154,8 @@ def check(args):
             "T", "rounds", "queries", "epochs", "update_size", "rank", "sample_batch",
             "micro_batch", "decode_batch", "eval_images", "grid_every")),
     )  # fmt: skip
-    for fine, message in rules:
-        if not fine:
-            runs.die(message)
+    for message in (message for fine, message in rules if not fine):
+        runs.die(message)
     return args
 
 

@@ -24,7 +24,7 @@ def test_equations_1_to_9_are_in_the_map():
 
 
 def test_every_flag_named_in_the_readme_exists():
-    files = ("train.py", "eval.py", "tiny.py")
+    files = ("train.py", "eval.py", "tiny.py", "bench.py", "results/run_all.py")
     sources = "".join((ROOT / f).read_text(encoding="utf-8") for f in files)
     import train
 
