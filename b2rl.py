@@ -28,7 +28,7 @@ from torch.nn.functional import logsigmoid
 
 
 def tau_schedule(i, rounds, T=20, tau0=14):
-    """tau of round i = 0..rounds-1: linear from tau0 to T (App. D.1, Table 6: tau0 = 14).
+    """tau of round i = 0..rounds-1: linear from tau0 to T (App. D.1; tau0 = 14 [official]).
 
     [official] tau0 + floor(i * (T - tau0 + 1) / rounds): each tau lasts equally long. A run of
     fewer than T - tau0 + 1 rounds would never reach T by it: such a run is spread from tau0 in

@@ -4,7 +4,7 @@ A run writes one folder, nothing but text, pictures and safetensors, each file a
 renamed, so that a stop at any moment leaves the old file or the new one:
     config.json, metrics.jsonl (a line a round), checkpoint.safetensors (LoRA, optimizer, and in
     its header the round and the reward history), pytorch_lora_weights.safetensors (what diffusers'
-    `load_lora_weights(folder)` reads), grids/*.png, before.json (scores), summary.json.
+    `load_lora_weights(folder)` reads), grids/*.png, before.json, after.json, summary.json.
 There is no random state to keep: all noise comes from keyed generators (see `ddim_logprob.py`).
 """
 
