@@ -154,7 +154,7 @@ def setup(flags, free=False):
     s = SimpleNamespace(
         args=args, model=model, lora=lora, optimizer=torch.optim.AdamW(lora.values(), lr=0),
         normalise=RewardNormaliser(args.window), roots=args.queries // args.branches, tau=tau,
-        interval=training_interval(tau, args.T), log={}, seen={"unet": [], "decode": [],
+        interval=training_interval(tau, args.T, args.interval, args.skip_last), log={}, seen={"unet": [], "decode": [],
         "reward": []}, prompts=runs.load_prompts(args.template, args.prompts)[0])  # fmt: skip
 
     def watched(name, call):
@@ -305,12 +305,13 @@ def least(s, kept):
     """The least UNet sample-steps of a round's sampling and training, guidance doubling each.
 
     A root: T - tau shared steps, one call at x_tau for all branches, K (tau - 1) after it. An
-    epoch: 2 tau - 1 for a pair, which shares x_tau, tau for a trajectory kept alone.
+    epoch, of n = tau - skip_last steps: 2 n - 1 for a pair, which shares x_tau, n for a single.
     """
     halves = 1 if s.args.guidance == 1 else 2
     a_root = (s.args.T - s.tau) + 1 + s.args.branches * (s.tau - 1)
     of_root = kept[:, 0].unique(return_counts=True)[1]
-    an_epoch = sum(2 * s.tau - 1 if n == 2 else s.tau for n in of_root.tolist())
+    n = s.interval[0] - s.interval[1]
+    an_epoch = sum(2 * n - 1 if pair == 2 else n for pair in of_root.tolist())
     return halves * s.roots * a_root, halves * s.args.epochs * an_epoch
 
 
@@ -519,9 +520,54 @@ def peer(flags, python, repeats):
                       ("paper's", "paper's"), ("paper's", "best"), ("best", "best"))]  # fmt: skip
 
 
+def random_sd14(folder):
+    """Stable Diffusion 1.4's architecture at full size, random bfloat16 weights, saved to `folder`.
+
+    The tokenizer is a letter tokenizer, since CLIP's own would have to be downloaded.
+    """
+    from diffusers import (
+        AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel,
+    )  # fmt: skip
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
+    tokenizer = CLIPTokenizer(vocab={w: n for n, w in enumerate(words)}, merges=[],
+                              model_max_length=77)  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            sample_size=512)  # fmt: skip
+        text = CLIPTextModel(CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            max_position_embeddings=77, projection_dim=768, vocab_size=49408, bos_token_id=0,
+            eos_token_id=1))  # fmt: skip
+    finally:
+        torch.set_default_dtype(torch.float32)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                              clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # fmt: skip
+    StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None,
+                            requires_safety_checker=False).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
 def saved_bytes(s, n):
-    """Bytes that autograd keeps for the backward pass of n guided samples, weights left out."""
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in s.model.unet.parameters()}
+    """Bytes that autograd keeps for the backward pass of n guided samples, weights left out.
+
+    Returns the sum and the largest share of one resnet or transformer: what --checkpointing holds
+    while it computes that one again.
+    """
+    from diffusers.models.attention_processor import AttnProcessor2_0
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    unet, kept, units = s.model.unet, {}, []
+    weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+    before = unet.attn_processors
+    unet.set_attn_processor(AttnProcessor2_0())  # torch's fused attention, as on a GPU
 
     def pack(tensor):
         storage = tensor.untyped_storage()  # alive as long as the graph: no address twice
@@ -529,29 +575,53 @@ def saved_bytes(s, n):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x = torch.randn(2 * n, *s.model.latent_shape).to(s.model.device, s.model.unet.dtype)
+    def enter(module, _):
+        units.append(-sum(kept.values()))
+
+    def leave(module, *_):
+        units[-1] += sum(kept.values())
+
+    hooks = [hook for m in unet.modules() if isinstance(m, (ResnetBlock2D, Transformer2DModel))
+             for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]  # fmt: skip
+    x = torch.randn(2 * n, *s.model.latent_shape).to(s.model.device, unet.dtype)
     text = s.model.embed(s.prompts[:1]).repeat(2 * n, 1, 1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = s.model.unet(x, torch.full((2 * n,), 500, device=x.device), text).sample
-    return sum(kept.values()) if out.requires_grad else 0
+        out = unet(x, torch.full((2 * n,), 500, device=x.device), text).sample
+    for hook in hooks:
+        hook.remove()
+    unet.set_attn_processor(before)
+    return (sum(kept.values()), max(units)) if out.requires_grad else (0, 0)
 
 
 def memory_held(s):
-    """(m) What a training step holds, measured, and the micro-batch that 16 and 24 GB would take.
+    """(m) What a training step holds, measured, and the micro-batches that 16 and 24 GB take.
 
-    A tenth is left to the CUDA context and to what a step makes and drops at once.
+    From the difference of two batch sizes: what a sample adds. A tenth is left to the CUDA context
+    and to what a step makes and drops at once. With --checkpointing a step holds what enters each
+    block and the largest block's tensors; the reward model, VAE and text encoder are off the
+    device with --offload.
     """
-    held = {name: sum(p.numel() * p.element_size() for p in module.parameters()) for name, module in
-            (("UNet, LoRA", s.model.unet), ("VAE", s.model.pipe.vae),
-             ("text encoder", s.model.pipe.text_encoder))}  # fmt: skip
-    held["gradient and AdamW's state of the LoRA"] = 3 * 4 * sum(p.numel() for p in s.lora.values())
-    a_sample = saved_bytes(s, 2) - saved_bytes(s, 1)
+    size = lambda m: sum(p.numel() * p.element_size() for p in m.parameters())  # noqa: E731
+    parts = {"UNet, LoRA": size(s.model.unet), "VAE": size(s.model.pipe.vae),
+             "text encoder": size(s.model.pipe.text_encoder),
+             "LoRA's gradient and AdamW's state": 12 * sum(p.numel() for p in s.lora.values())}  # fmt: skip
+    s.model.unet.disable_gradient_checkpointing()
+    (one, unit), (two, units) = saved_bytes(s, 1), saved_bytes(s, 2)
+    s.model.unet.enable_gradient_checkpointing()
+    outer = saved_bytes(s, 2)[0] - saved_bytes(s, 1)[0]
+    plain, saving = two - one, outer + units - unit
     states = s.args.queries * (s.tau + 1) * math.prod(s.model.latent_shape) * 4
-    fits = {f"micro-batch that fits in {gb} GB": int((0.9 * gb * 2**30 - sum(held.values()))
-                                                     / a_sample) for gb in (16, 24)}  # fmt: skip
-    held |= {"a guided sample in training": a_sample, "a round's states, not on the GPU": states}
-    return [{"what": k, "figure": f"{v / MB:.1f} MB"} for k, v in held.items()] + [
-        {"what": k, "figure": v} for k, v in fits.items()]  # fmt: skip
+    rows = parts | {"a guided sample in training": plain,
+                    "a guided sample with --checkpointing": saving,
+                    "a round's states, not on the GPU": states}  # fmt: skip
+    rows = [{"what": k, "figure": f"{v / MB:.1f} MB"} for k, v in rows.items()]
+    away = parts["VAE"] + parts["text encoder"]
+    for gb in (16, 24):
+        room = 0.9 * gb * 2**30 - sum(parts.values())
+        rows.append({"what": f"micro-batch in {gb} GB", "figure": int(room / plain)})
+        rows.append({"what": f"micro-batch in {gb} GB, --checkpointing --offload",
+                     "figure": int((room + away) / saving)})  # fmt: skip
+    return rows
 
 
 # ---------------------------------------------------------------- the command
@@ -570,13 +640,18 @@ def main(argv=None):
     add = parser.add_argument
     add("--part", nargs="+", choices=PARTS, help="(default: overhead phases counts sweep; only "
         "peer if --peer is given)")  # fmt: skip
-    add("--model", default="tiny", help="tiny, or a diffusers folder (default tiny)")
+    add("--model", default="tiny", help="tiny, a diffusers folder, or random-sd14: Stable "
+        "Diffusion 1.4 at full size with random weights (default tiny)")  # fmt: skip
     add("--repeats", type=int, default=10, help="turns of each measurement (default 10)")
     add("--peer", metavar="PYTHON", help="an interpreter that has TRL 0.23.1")
     add("--json", metavar="OUT", help="write all figures to this file as well")
     args, rest = parser.parse_known_args(argv)
     if args.part and "peer" in args.part and not args.peer:
         runs.die("--part peer needs --peer PYTHON, an interpreter that has TRL 0.23.1")
+    if args.model == "random-sd14":
+        with tempfile.TemporaryDirectory() as out:
+            given = [random_sd14(Path(out) / "sd14") if a == "random-sd14" else a for a in argv]
+            return main(given)
     parts = args.part or (["peer"] if args.peer else PARTS[:4])
     flags = ["--model", args.model, *rest]
     few = ["--queries", "64", *flags]  # in (d) and (e), where full rounds would take too long

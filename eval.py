@@ -510,6 +510,7 @@ def parse_args(argv):
     add("--T", type=int, help="denoising steps (default: the run's, else train.py's)")
     add("--eta", type=float, help="weight of DDIM's noise (likewise)")
     add("--guidance", type=float, help="guidance scale (likewise)")
+    add("--image-size", type=int, help="pixels a side (likewise)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--precision", choices=tuple(runs.DTYPES), help="(default fp16 on CUDA, else fp32)")
     add("--batch", type=int, help="pictures at once (default 8, tiny 64)")
@@ -519,13 +520,15 @@ def parse_args(argv):
     configs = [runs.read_json(Path(r) / "config.json") for r in args.lora if Path(r).is_dir()]
     configs = [config for config in configs if config]
     first = configs[0] if configs else {}
-    for name in ("model", "T", "eta", "guidance"):
+    for name in ("model", "T", "eta", "guidance", "image_size"):
         values = sorted({str(config.get(name)) for config in configs})
         if len(values) > 1 and getattr(args, name) is None:
-            runs.die(f"the runs differ in {name}, {' and '.join(values)}: choose by --{name}")
+            flag = name.replace("_", "-")
+            runs.die(f"the runs differ in {flag}, {' and '.join(values)}: choose by --{flag}")
     if args.study != "curves":
         runs.choose_device(args)
     args.model = args.model or first.get("model", "tiny")
+    args.image_size, args.checkpointing = args.image_size or first.get("image_size"), False
     is_tiny = runs.tiny_folder(args.model) is not None
     for name, _, sd, tiny, _ in SETTINGS:
         if name in ("T", "eta", "guidance") and getattr(args, name) is None:
@@ -550,6 +553,7 @@ def check(args):
         (args.metrics, "--metrics is empty"),
         *((getattr(args, n) is None or getattr(args, n) >= 1, f"--{n} must be 1 or more")
           for n in ("images", "batch", "roots", "T")),
+        (args.image_size is None or args.image_size >= 1, "--image-size must be 1 or more"),
         (args.eta is None or args.eta > 0, "--eta must be above 0"),
         (args.branches is None or args.branches >= 2, "--branches must be 2 or more"),
         (args.differ is None or args.differ > 0, "--differ must be above 0"),

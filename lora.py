@@ -7,6 +7,7 @@
 
 Files are safetensors with the names that diffusers' `load_lora_weights` reads:
 `unet.<module>.lora_A.weight` (rank, in) and `unet.<module>.lora_B.weight` (out, rank).
+`webui_state` renames them for web UIs.
 """
 
 import contextlib
@@ -90,6 +91,14 @@ def lora_off(unet):
 def lora_state(unet):
     """A detached float32 CPU copy of the LoRA weights, as saved."""
     return {k: v.detach().float().cpu().clone() for k, v in lora_parameters(unet).items()}
+
+
+def webui_state(state):
+    """`lora_state` in the layout that AUTOMATIC1111, ComfyUI and others read (kohya's)."""
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    converted = convert_state_dict_to_kohya(dict(state))
+    return {k: v.float() for k, v in converted.items()}
 
 
 def load_lora(unet, state):

@@ -4,7 +4,8 @@ A run writes one folder, nothing but text, pictures and safetensors, each file a
 renamed, so that a stop at any moment leaves the old file or the new one:
     config.json, metrics.jsonl (a line a round), checkpoint.safetensors (LoRA, optimizer, and in
     its header the round and the reward history), pytorch_lora_weights.safetensors (what diffusers'
-    `load_lora_weights(folder)` reads), grids/*.png, before.json, after.json, summary.json.
+    `load_lora_weights(folder)` reads), webui_lora.safetensors (the same for web UIs), README.md (a
+    model card), grids/*.png, before.json, after.json, summary.json; tensorboard/ with its flag.
 There is no random state to keep: all noise comes from keyed generators (see `ddim_logprob.py`).
 """
 
@@ -21,6 +22,40 @@ import torch.distributed as dist
 HERE = Path(__file__).resolve().parent
 SD = "CompVis/stable-diffusion-v1-4"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Settings for Stable Diffusion at 512x512 by the memory of one GPU; the gradient is the same in
+# all (trap 10). `python bench.py --part memory` measures what a sample in training holds.
+PRESETS = {
+    "16gb": dict(sample_batch=8, micro_batch=2, decode_batch=2, checkpointing=True, offload=True),
+    "24gb": dict(sample_batch=16, micro_batch=6, decode_batch=4, checkpointing=True, offload=True),
+    "8x24gb": dict(sample_batch=16, micro_batch=6, decode_batch=4, checkpointing=True,
+                   offload=True),  # in each of 8 processes: torchrun --nproc_per_node 8
+}  # fmt: skip
+
+
+def add_flags(add):
+    """The flags of what surrounds a run, for argparse's `add_argument`."""
+    add("--model", help="tiny, a hub id, a diffusers folder or a .safetensors checkpoint")
+    add("--precision", choices=tuple(DTYPES), help="of the frozen weights; LoRA, latents and "
+        "log p are float32 (default fp16 on CUDA, else fp32)")  # fmt: skip
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add("--image-size", type=int, help="pixels a side (default: the model's own)")
+    add("--preset", choices=tuple(PRESETS), help="batch sizes, --checkpointing and --offload for "
+        "Stable Diffusion in this much GPU memory; flags that you give win")  # fmt: skip
+    add("--checkpointing", action="store_true", help="compute the UNet's activations twice instead "
+        "of keeping them: far less memory, about a third more time in training")  # fmt: skip
+    add("--offload", action="store_true", help="keep the reward model, VAE and text encoder off "
+        "the device while the UNet trains")  # fmt: skip
+    add("--out", help="run folder (default runs/<model>-<reward>-<method>-seed<seed>)")
+    add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
+    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard as well")
+
+
+def fill_preset(args):
+    """Settings of --preset where the user gave none."""
+    for name, value in PRESETS.get(args.preset, {}).items():
+        if not getattr(args, name):
+            setattr(args, name, value)
 
 
 def die(message):
@@ -91,13 +126,16 @@ class Model:
     device: torch.device
     tiny: Path | None
     cache: dict
+    image_size: int | None = None
 
     unet = property(lambda self: self.pipe.unet)
 
     @property
     def latent_shape(self):
-        size = self.pipe.unet.config.sample_size
-        return (self.pipe.unet.config.in_channels, size, size)
+        """(C, h, w) of a latent: of `image_size` pixels, or the model's own size."""
+        config, size = self.pipe.unet.config, self.pipe.unet.config.sample_size
+        size = self.image_size // self.pipe.vae_scale_factor if self.image_size else size
+        return (config.in_channels, size, size)
 
     @torch.no_grad()
     def embed(self, prompts):
@@ -116,6 +154,21 @@ class Model:
             part = part.to(self.device, vae.dtype) / vae.config.scaling_factor
             out.append((vae.decode(part, return_dict=False)[0].float().cpu() / 2 + 0.5).clamp(0, 1))
         return torch.cat(out)
+
+
+@contextlib.contextmanager
+def offloaded(model, reward, args):
+    """Inside, with --offload, only the UNet is on the device."""
+    others = (model.pipe.vae, model.pipe.text_encoder, reward) if args.offload else ()
+    for part in others:
+        part.to("cpu")
+    if args.offload and model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        for part in others:
+            part.to(model.device)
 
 
 def tiny_folder(model):
@@ -187,12 +240,16 @@ def load_model(args, device):
         schedule = make_schedule(pipe.scheduler, args.T, args.eta)
     except ValueError as problem:
         die(f"{args.model}: {problem}")
+    if args.image_size and args.image_size % (8 * pipe.vae_scale_factor):
+        die(f"--image-size {args.image_size} must be a multiple of {8 * pipe.vae_scale_factor}")
     pipe.to(device)
+    if args.checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.eval().requires_grad_(False)
     if device.type == "cpu":  # torch's fused attention has a slow backward pass on small CPU models
         pipe.unet.set_attn_processor(AttnProcessor())
-    return Model(pipe, schedule, device, tiny_folder(args.model), {})
+    return Model(pipe, schedule, device, tiny_folder(args.model), {}, args.image_size)
 
 
 def load_judge(model, candidates):
@@ -231,6 +288,14 @@ def write_safetensors(path, tensors, metadata=None):
 
     with aside(path) as part:
         save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata=metadata)
+
+
+def write_lora(folder, state):
+    """The LoRA `state` under diffusers' names and under those of web UIs."""
+    from lora import webui_state
+
+    write_safetensors(folder / "pytorch_lora_weights.safetensors", state)
+    write_safetensors(folder / "webui_lora.safetensors", webui_state(state))
 
 
 def default_folder(args):
@@ -326,6 +391,79 @@ def keep_metrics(folder, rounds):
 def append_metrics(folder, line):
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def open_tensorboard(args, folder, first, rank):
+    """A function that writes a metrics line to folder/tensorboard; without --tensorboard, nothing.
+
+    The x axis is the reward queries. Lines after a resumed run's round are dropped.
+    """
+    if not args.tensorboard:
+        return lambda line: None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        die("--tensorboard needs the package: pip install tensorboard")
+    if rank > 0:
+        return lambda line: None
+    writer = SummaryWriter(folder / "tensorboard", purge_step=first * args.queries + 1)
+
+    def write(line):
+        for name, value in (line | line["seconds"]).items():
+            if isinstance(value, (int, float)):
+                writer.add_scalar(name, value, line["queries"])
+        writer.flush()
+
+    return write
+
+
+CARD = """---
+base_model: {base}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [lora, text-to-image, stable-diffusion, reinforcement-learning, b2-diffurl]
+---
+# LoRA of {base}, aligned by B2-DiffuRL
+
+Reinforcement learning with the reward `{reward}` and the method {method}, {queries} reward queries
+in {rounds} rounds, seed {seed}; every setting is in `config.json`, a line a round in
+`metrics.jsonl`.
+
+```python
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe.scheduler = DDIMScheduler.from_config(
+    pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+pipe.load_lora_weights("THIS REPOSITORY OR FOLDER")  # pipe.fuse_lora() makes it part of the model
+pipe({prompt!r}, num_inference_steps={T}, guidance_scale={guidance}, eta={eta}).images[0]
+```
+
+`webui_lora.safetensors` is the same LoRA for web UIs (AUTOMATIC1111, ComfyUI).
+
+## Scores, same noise before and after
+
+| prompts | score | before | after | gain | standard error | pictures |
+|---|---|---|---|---|---|---|
+{table}
+
+![after training](grids/after-train.png)
+
+## Training prompts
+
+{prompts}
+"""
+
+
+def write_card(folder, args, summary, prompts):
+    """README.md, a model card in Hugging Face's format: `hf upload NAME folder` publishes a run."""
+    rows = [f"| {name.replace('_', ' | ')} | {s['before']:.4f} | {s['after']:.4f} | "
+            f"{s['gain']:+.4f} | {s['error']:.4f} | {s['n']} |" for name, s in summary.items()]  # fmt: skip
+    method = "-".join(Path(default_folder(args)).name.split("-")[-4:-1])
+    text = CARD.format(**vars(args) | dict(
+        base=args.model, method=method, queries=args.rounds * args.queries,
+        prompt=prompts[0], table="\n".join(rows), prompts="\n".join(f"- {p}" for p in prompts)))  # fmt: skip
+    with aside(folder / "README.md") as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def read_json(path):

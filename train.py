@@ -13,8 +13,7 @@ The mathematics is in `b2rl.py` and `ddim_logprob.py`, what surrounds a run in `
 Deliberate departures, besides those that `b2rl.py` and `ddim_logprob.py` name:
     [ours] an update is a fixed number of trajectories, all their steps batched together; the
         gradient does not depend on the micro-batch (trap 10), so that is as large as memory allows.
-    [ours] reward queries a round are a setting and roots are queries / branches, so that methods
-        compare at equal queries.
+    [ours] reward queries a round are a setting (roots: queries / branches): methods compare.
     [ours] a round in which no branch passes the threshold is skipped and says so (trap 5).
 """
 
@@ -49,6 +48,7 @@ SETTINGS = (
     ("eta", float, 1.0, 1.0, "weight of DDIM's noise [paper, Table 6]"),
     ("guidance", float, 5.0, 5.0, "guidance scale, sampling and training [paper, Table 6]"),
     ("tau0", int, 14, 14, "first training interval, BPT [official, Table 6's value is lost]"),
+    ("skip_last", int, 0, 2, "last steps that are sampled but not trained [paper: 0; tiny: ours]"),
     ("branches", int, 3, 4, "branches K of a root, BS [paper, Table 6; tiny: ours]"),
     ("threshold", float, 0.5, 0.5, "score threshold on r_hat, Eq. 5 [paper, Table 6]"),
     ("window", int, 8, 8, "past rounds in the reward's mean and std, App. D.1 [official]"),
@@ -84,19 +84,13 @@ def parse_args(argv):
         "file.py:function, which runs the file's code")  # fmt: skip
     add("--template", type=int, choices=(1, 2, 3), default=1, help="prompt template (App. H)")
     add("--prompts", help="your own prompts, one a line, in place of a template")
-    add("--model", help="tiny, a hub id, a diffusers folder or a .safetensors checkpoint")
     add("--algo", default="ddpo", help=f"{', '.join(ALGOS)}: Eq. 6 clipped, unclipped, Eq. 7, 8")
     add("--no-bpt", action="store_true", help="train all T steps from the first round (Sec. 3.2)")
     add("--no-bs", action="store_true", help="no branches, train on every sample (Sec. 3.3)")
-    add("--interval", choices=("backward", "forward"), default="backward", help="where tau grows "
-        "from: x_0 (the paper) or the noise (an ablation)")  # fmt: skip
-    add("--precision", choices=tuple(runs.DTYPES), help="of the frozen weights; LoRA, latents and "
-        "log p are float32 (default fp16 on CUDA, else fp32)")  # fmt: skip
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--interval", choices=("backward", "forward"), default="backward",
+        help="where tau grows from: x_0 (the paper) or the noise (an ablation)")
     add("--seed", type=int, default=0, help="keys all noise, prompts and the LoRA's start")
-    add("--out", help="run folder (default runs/<model>-<reward>-<method>-seed<seed>)")
-    add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
-    add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    runs.add_flags(add)
     for name, kind, sd, tiny, text in SETTINGS:
         add(f"--{name.replace('_', '-')}", dest=name, type=kind, metavar=kind.__name__,
             help=f"{text} (default SD {sd}, tiny {tiny})")  # fmt: skip
@@ -117,6 +111,7 @@ def parse_args(argv):
 def fill_in(args):
     """Choose device and model where the user did not, and the settings that belong to them."""
     runs.choose_device(args)
+    runs.fill_preset(args)
     if args.model is None:
         args.model = runs.SD if args.device.startswith("cuda") else "tiny"
     is_tiny = runs.tiny_folder(args.model) is not None
@@ -141,9 +136,11 @@ def check(args):
          f"--queries {args.queries} is fewer than --branches {args.branches}"),
         (args.eta > 0, "--eta must be above 0: without noise a step has no probability"),
         (0 <= args.threshold < args.adv_clip, "--threshold must be from 0 to --adv-clip"),
+        (0 <= args.skip_last < args.tau0, "--skip-last must be from 0 to below --tau0"),
         (args.T <= 999, "--T must be at most 999: the model knows 1000 timesteps, the first is 1"),
         (0 <= args.beta1 < 1 and 0 <= args.beta2 < 1, "--beta1 and --beta2 must be from 0 to 1"),
-        (args.threads is None or args.threads >= 1, "--threads must be 1 or more"),
+        *((getattr(args, n) is None or getattr(args, n) >= 1, f"--{n.replace('_', '-')} must be 1 "
+           "or more") for n in ("threads", "image_size")),
         (not (out := runs.holds_run(args.out)), f"{out} already holds a run: --resume {out}?"),
         (args.algo != "dpo" or args.micro_batch >= 2, "dpo needs --micro-batch 2 or more"),
         *((getattr(args, n) > 0, f"--{n.replace('_', '-')} must be above 0") for n in (
@@ -206,7 +203,7 @@ def sample_round(model, reward, prompts, i, interval, args, rank, world):
         roots = mine[at].tolist()
         keys = [(p, k) for p in roots for k in range(K)]
         x, kept, log_p = path(roots, x_start[at].to(model.device), start, stop, keys, keep=True)
-        states.append(kept.cpu().unflatten(0, (-1, K)))
+        states.append(kept.cpu().unflatten(0, (-1, K)))  # (roots here, K, steps + 1, C, h, w)
         log_ps.append(log_p.cpu().unflatten(0, (-1, K)))
         if stop > 0:
             keys = [(*key, "rest") for key in keys]
@@ -251,8 +248,7 @@ def update_gradient(model, data, r_hat, update, interval, args):
     update: (m, 3) (group, root, branch), global. The loss is the mean over the update's m
     trajectories and their tau steps, whatever the micro-batch. Returns sums for the metrics.
     """
-    start, stop = interval
-    tau, D = start - stop, math.prod(model.latent_shape)
+    tau, D = interval[0] - interval[1], math.prod(model.latent_shape)  # steps that are trained
     here = {p: j for j, p in enumerate(data.mine.tolist())}
     owned = update[torch.isin(update[:, 1], data.mine)]
     sums = {"items": 0, "clipped": 0, "ratio": 0.0, "max_log_ratio": 0.0, "h": 0.0, "loss": 0.0}
@@ -379,6 +375,7 @@ def algorithm_1(args):
     if args.resume:
         first, normalise.history = runs.load_checkpoint(args.resume, lora, optimizer)
     folder = runs.open_folder(args, first, rank)
+    tensorboard = runs.open_tensorboard(args, folder, first, rank)
     lists = {"train": train_prompts, **({"unseen": unseen_prompts} if unseen_prompts else {})}
 
     def report(when):
@@ -400,7 +397,7 @@ def algorithm_1(args):
     for i in bar:
         # BPT: the interval of this round (Eq. 3, App. D.1)
         tau = args.T if args.no_bpt else tau_schedule(i, args.rounds, args.T, args.tau0)
-        interval = training_interval(tau, args.T, args.interval)
+        interval = training_interval(tau, args.T, args.interval, args.skip_last)
         # BS: shared path, branches at x_tau, log p_old, scores
         data = sample_round(model, reward, train_prompts, i, interval, args, rank, world)
         r_hat = normalise(i, data.prompts, data.scores)  # App. D.1
@@ -416,8 +413,9 @@ def algorithm_1(args):
         if len(kept) == 0:
             bar.write(f"round {i + 1}: no branch passed --threshold {args.threshold}: no update")
         # Eq. 6
-        log = train_round(model, data, r_hat, kept, interval, optimizer, i, args)
-        kl = kl_to_base(model, data, kept, interval, i, args) if len(kept) else 0.0
+        with runs.offloaded(model, reward, args):
+            log = train_round(model, data, r_hat, kept, interval, optimizer, i, args)
+            kl = kl_to_base(model, data, kept, interval, i, args) if len(kept) else 0.0
 
         line = {
             "round": i + 1, "tau": tau, "queries": (i + 1) * data.scores.numel(),
@@ -428,17 +426,19 @@ def algorithm_1(args):
         bar.set_postfix(tau=tau, reward=f"{line['reward_mean']:.4f}", kept=len(kept))
         if rank == 0:
             runs.append_metrics(folder, line)
+            tensorboard(line)
             runs.save_checkpoint(folder, i + 1, lora, optimizer, normalise.history)
         if (i + 1) % args.grid_every == 0 and i + 1 < args.rounds:
             _, images = evaluate(model, reward, train_prompts[:18], 1, args, None, rank, world)
             runs.save_grid(folder / f"grids/round{i + 1:04d}-train.png", images, 9, rank)
     bar.close()
     if rank == 0:
-        runs.write_safetensors(folder / "pytorch_lora_weights.safetensors", lora_state(model.unet))
+        runs.write_lora(folder, lora_state(model.unet))
     after = report("after")
     summary, rows = compare(before, after, args.reward)
     if rank == 0:
         runs.write_json(folder / "after.json", after)
+        runs.write_card(folder, args, summary, train_prompts)
         runs.write_json(folder / "summary.json", summary)
     say("\nScores before and after, same noise:", *rows, sep="\n")
     say(f"Pictures before and after: {folder}/grids. Metrics: {folder}/metrics.jsonl.\nYour own "

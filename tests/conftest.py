@@ -12,6 +12,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full-size", action="store_true", help="a round of the full-size Stable "
+                     "Diffusion 1.4 and ViT-H-14 with random weights: 16 GB of memory, minutes")
+    parser.addoption("--kills", type=int, default=2, help="SIGKILLs of the run in test_kills.py")
+
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub client is imported
 
 
@@ -52,12 +60,19 @@ def random_folder(tmp_path_factory):
     return folder
 
 
+def load_args(folder, precision="fp32", T=20, **more):
+    """What `runs.load_model` reads of the flags."""
+    given = dict(model=str(folder), precision=precision, T=T, eta=1.0, image_size=None,
+                 checkpointing=False)  # fmt: skip
+    return SimpleNamespace(**given | more)
+
+
 @pytest.fixture
 def model(random_folder):
     """The random pipeline, loaded as `train.py` loads it, in float32 on the CPU."""
     import runs
 
-    args = SimpleNamespace(model=str(random_folder), precision="fp32", T=20, eta=1.0)
+    args = load_args(random_folder)
     return runs.load_model(args, torch.device("cpu"))
 
 

@@ -18,6 +18,7 @@ def test_the_readme_command_trains_scores_and_draws(tmp_path, capsys):
     run = tmp_path / "run"
     train.main(["--reward", "clip", "--template", "1", "--model", "tiny", "--device", "cpu",
                 "--out", str(run), "--rounds", "2", "--queries", "16", "--T", "4", "--tau0", "2",
+                "--skip-last", "0",
                 "--eval-images", "1", "--update-size", "4"])  # fmt: skip
     said = capsys.readouterr().out
     assert said.startswith("Training the bundled tiny model on cpu") and "--model" in said

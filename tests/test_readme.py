@@ -5,6 +5,9 @@ import re
 
 from conftest import ROOT
 
+# Flags of torchrun, TensorBoard and this suite
+OTHERS = {"--help", "--nproc", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--logdir", "--kills",
+          "--full-size"}  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -24,10 +27,10 @@ def test_equations_1_to_9_are_in_the_map():
 
 
 def test_every_flag_named_in_the_readme_exists():
-    files = ("train.py", "eval.py", "tiny.py", "bench.py", "results/run_all.py")
+    files = ("train.py", "runs.py", "eval.py", "tiny.py", "bench.py", "results/run_all.py")
     sources = "".join((ROOT / f).read_text(encoding="utf-8") for f in files)
     import train
 
     settings = {f"--{name.replace('_', '-')}" for name, *_ in train.SETTINGS}
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) - {"--help", "--nproc"}:
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) - OTHERS:
         assert flag in settings or f'"{flag}"' in sources, flag

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import count_unet_samples, make_small, randomise_lora
+from conftest import count_unet_samples, load_args, make_small, randomise_lora
 from safetensors import safe_open
 from torch.distributions import Normal, kl_divergence
 
@@ -191,8 +191,7 @@ def test_ratio_before_the_first_update(random_folder, interval, precision):
     In bfloat16 another shape rounds otherwise (so it does in any code); at equal shapes the ratio
     is exactly 1, as latents are float32.
     """
-    model = runs.load_model(SimpleNamespace(model=str(random_folder), precision=precision, T=6,
-                                            eta=1.0), torch.device("cpu"))  # fmt: skip
+    model = runs.load_model(load_args(random_folder, precision, 6), torch.device("cpu"))
     inject_lora(model.unet)
     randomise_lora(model.unet, 0.05)
     batch = ["--no-bs", "--sample-batch", 1, "--micro-batch", 1] if precision == "bf16" else []
@@ -456,7 +455,8 @@ def test_a_run_raises_its_reward(command, tmp_path, capsys):
                             8, "--micro-batch", 48, "--sample-batch", 48)  # fmt: skip
     assert {p.name for p in folder.rglob("*") if p.is_file()} == {
         "config.json", "metrics.jsonl", "checkpoint.safetensors", "before.json", "after.json",
-        "pytorch_lora_weights.safetensors", "summary.json", "before-train.png", "after-train.png",
+        "pytorch_lora_weights.safetensors", "webui_lora.safetensors", "README.md",
+        "summary.json", "before-train.png", "after-train.png",
         "before-unseen.png", "after-unseen.png", "round0004-train.png", "round0008-train.png"}
     assert [line["round"] for line in lines] == list(range(1, 11))
     assert [line["tau"] for line in lines] == [4, 4, 4, 4, 5, 5, 5, 6, 6, 6]
