@@ -11,6 +11,8 @@
     (d) sweep     time and peak memory against T, tau, K, batch sizes; each in its own process
     (e) peer      TRL's DDPOTrainer against our DDPO and B2, on the same pipeline; its interpreter
                   needs trl==0.23.1 "transformers<5" "diffusers<0.36" peft accelerate ftfy
+    (v) variants  UNet calls with torch's options for speed against the default's
+    (r) ratio     |log p/p_old| before the first update, in each precision (trap 2)
     (m) memory    what a training step holds, by saved-tensor hooks, and the micro-batch that fits
 
 Machines are noisy: times to be compared are taken in turn (A B C A B C ...) after one turn to warm
@@ -48,7 +50,8 @@ else:
     from lora import inject_lora
     from rewards import load_reward
 
-PARTS = ("overhead", "phases", "counts", "sweep", "peer", "memory")
+PARTS = ("overhead", "phases", "counts", "sweep", "peer", "memory", "ratio",
+         "variants")
 DDPO = ["--no-bpt", "--no-bs"]
 BATCHES = (16, 32, 64, 128, 256)  # UNet batch sizes tried for the bare calls, guidance included
 LARGE = "--T 6 --tau0 4 --epochs 1 --queries 64".split()  # the larger UNet, or it would take hours
@@ -277,6 +280,35 @@ def grown(folder, out, factor=3.2):
     return str(out)
 
 
+def variants(flags, repeats):
+    """(v) UNet calls at the default's batch size under each option: its time over the default's."""
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    def change(name, s):
+        if name in ("plain attention", "fused attention"):
+            kind = AttnProcessor if name == "plain attention" else AttnProcessor2_0
+            s.model.unet.set_attn_processor(kind())
+        elif name == "channels_last":
+            s.model.unet.to(memory_format=torch.channels_last)
+        elif name == "torch.compile":
+            s.model.pipe.unet = torch.compile(s.model.unet)
+        return s
+
+    names = ("default", "plain attention", "fused attention", "channels_last", "bfloat16",
+             "torch.compile", "bfloat16, torch.compile")  # fmt: skip
+    made = {}
+    for name in names:
+        s = setup([*flags, *(["--precision", "bf16"] if "bfloat16" in name else [])])
+        made[name] = change(name.split(", ")[-1], s)
+    rows = [{"option": name} for name in names[1:]]
+    for phase, seen in (("forward", {"decode": [], "reward": []}), ("forward + backward", None)):
+        log = interleave({n: bare(s, [2 * s.args.sample_batch], seen) for n, s in made.items()},
+                         repeats)  # fmt: skip
+        for row in rows:
+            row[f"{phase} / default"] = ratio_interval(log[row["option"]], log["default"])
+    return rows
+
+
 # ---------------------------------------------------------------- (b) phases, (c) counts
 
 
@@ -308,9 +340,10 @@ def least(s, kept):
     epoch, of n = tau - skip_last steps: 2 n - 1 for a pair, which shares x_tau, n for a single.
     """
     halves = 1 if s.args.guidance == 1 else 2
-    a_root = (s.args.T - s.tau) + 1 + s.args.branches * (s.tau - 1)
+    start, stop = s.interval
+    a_root = (s.args.T - start) + 1 + s.args.branches * (start - 1)
     of_root = kept[:, 0].unique(return_counts=True)[1]
-    n = s.interval[0] - s.interval[1]
+    n = start - stop
     an_epoch = sum(2 * n - 1 if pair == 2 else n for pair in of_root.tolist())
     return halves * s.roots * a_root, halves * s.args.epochs * an_epoch
 
@@ -624,6 +657,32 @@ def memory_held(s):
     return rows
 
 
+def first_ratio(flags):
+    """(r) max |log p/p_old| before any update, with random non-zero LoRA weights (trap 2).
+
+    Equal shapes: one state a UNet call in sampling and in training. Other shapes: branches, pairs
+    and full batches. In half precision a UNet's rounding depends on the batch it is called with.
+    """
+    rows = []
+    for precision, shapes in itertools.product(runs.DTYPES, ("equal", "other")):
+        one = ["--no-bs", "--queries", "6", "--sample-batch", "1", "--micro-batch", "1"]
+        s = setup([*flags, "--precision", precision, *(one if shapes == "equal" else
+                                                       ["--queries", "24", "--threshold", "0"])])  # fmt: skip
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in s.lora.values():
+                p.copy_(0.05 * torch.randn(p.shape, generator=generator))
+        data = sample(s)
+        kept = select_all(data.scores) if s.args.no_bs else select_pairs(
+            data.scores - data.scores.mean(1, keepdim=True), 0.0)  # fmt: skip
+        sums = train.update_gradient(s.model, data, torch.ones_like(data.scores), kept, s.interval,
+                                     s.args)  # fmt: skip
+        rows.append({"precision": precision, "batch shapes": shapes,
+                     "ratios": sums["items"], "max log ratio": f"{sums['max_log_ratio']:.1e}",
+                     "of the clip range": f"{sums['max_log_ratio'] / s.args.clip_range:.2%}"})  # fmt: skip
+    return rows
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -650,10 +709,10 @@ def main(argv=None):
         runs.die("--part peer needs --peer PYTHON, an interpreter that has TRL 0.23.1")
     if args.model == "random-sd14":
         with tempfile.TemporaryDirectory() as out:
-            given = [random_sd14(Path(out) / "sd14") if a == "random-sd14" else a for a in argv]
-            return main(given)
+            folder = random_sd14(Path(out) / "sd14")
+            return main([a.replace("random-sd14", folder) for a in argv])
     parts = args.part or (["peer"] if args.peer else PARTS[:4])
-    flags = ["--model", args.model, *rest]
+    flags = ["--model", args.model, "--out", "runs/bench", *rest]  # a name that holds no run
     few = ["--queries", "64", *flags]  # in (d) and (e), where full rounds would take too long
     base = train.parse_args(flags)
     results = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {base.device}",
@@ -683,6 +742,10 @@ def main(argv=None):
         show("(d) One setting changed in " + " ".join(few), sweep(few, min(3, args.repeats)))
     if "memory" in parts:
         show("(m) Memory of a training step", memory_held(setup(flags)))
+    if "variants" in parts:
+        show("(v) UNet calls under torch's options", variants(flags, args.repeats))
+    if "ratio" in parts:
+        show("(r) |log p/p_old| before the first update", first_ratio(flags))
     if "peer" in parts:
         rows, ratios = peer(few, args.peer, args.repeats)
         show("(e) Against TRL 0.23.1's DDPOTrainer, " + " ".join(few), rows)

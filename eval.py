@@ -39,7 +39,8 @@ STUDIES = {
 PAPER_TABLE5 = (0.082, 0.168, 0.156, 0.281, 0.289, 0.340, 0.430, 0.445, 0.523, 0.664)
 # What may differ between runs that are one line of the curves: it changes no expectation
 SAME_LINE = {"seed", "out", "resume", "threads", "device", "precision", "sample_batch",
-             "micro_batch", "decode_batch", "eval_images", "grid_every"}  # fmt: skip
+             "micro_batch", "decode_batch", "eval_images", "grid_every", "preset", "checkpointing",
+             "offload", "tensorboard"}  # fmt: skip
 
 
 # ---------------------------------------------------------------- scores
@@ -398,8 +399,9 @@ def group_runs(folders):
     groups = {}
     for name, config, lines in told:
         alike = [c for n, c, _ in told if n == name]
-        vary = [k for k in config.keys() - SAME_LINE if any(c.get(k) != config[k] for c in alike)]
-        label = ", ".join([name, *(f"{k} {config[k]}" for k in sorted(vary))])
+        keys = {k for c in alike for k in c} - SAME_LINE  # a key that is not there: off or 0
+        vary = [k for k in keys if len({str(c.get(k) or 0) for c in alike}) > 1]
+        label = ", ".join([name, *(f"{k} {config.get(k, 0)}" for k in sorted(vary))])
         groups.setdefault(label, []).append(lines)
     return groups
 

@@ -10,6 +10,7 @@ There is no random state to keep: all noise comes from keyed generators (see `dd
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -25,11 +26,16 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Settings for Stable Diffusion at 512x512 by the memory of one GPU; the gradient is the same in
 # all (trap 10). `python bench.py --part memory` measures what a sample in training holds.
 PRESETS = {
-    "16gb": dict(sample_batch=8, micro_batch=2, decode_batch=2, checkpointing=True, offload=True),
-    "24gb": dict(sample_batch=16, micro_batch=6, decode_batch=4, checkpointing=True, offload=True),
-    "8x24gb": dict(sample_batch=16, micro_batch=6, decode_batch=4, checkpointing=True,
-                   offload=True),  # in each of 8 processes: torchrun --nproc_per_node 8
-}  # fmt: skip
+    "16gb": dict(sample_batch=8, micro_batch=4, decode_batch=2, offload=True),
+    "24gb": dict(sample_batch=16, micro_batch=8, decode_batch=4, offload=True),
+    # in each of 8 processes: torchrun --nproc_per_node 8
+    "8x24gb": dict(sample_batch=16, micro_batch=8, decode_batch=4, offload=True),
+}
+
+
+# Flags that may be given beside --resume: they change no expectation
+WITH_RESUME = ("resume", "threads", "checkpointing", "offload", "tensorboard", "sample_batch",
+               "micro_batch", "decode_batch")  # fmt: skip
 
 
 def add_flags(add):
@@ -40,7 +46,7 @@ def add_flags(add):
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
     add("--image-size", type=int, help="pixels a side (default: the model's own)")
-    add("--preset", choices=tuple(PRESETS), help="batch sizes, --checkpointing and --offload for "
+    add("--preset", choices=tuple(PRESETS), help="batch sizes and --offload for "
         "Stable Diffusion in this much GPU memory; flags that you give win")  # fmt: skip
     add("--checkpointing", action="store_true", help="compute the UNet's activations twice instead "
         "of keeping them: far less memory, about a third more time in training")  # fmt: skip
@@ -54,7 +60,7 @@ def add_flags(add):
 def fill_preset(args):
     """Settings of --preset where the user gave none."""
     for name, value in PRESETS.get(args.preset, {}).items():
-        if not getattr(args, name):
+        if getattr(args, name) is None or getattr(args, name) is False:
             setattr(args, name, value)
 
 
@@ -284,10 +290,14 @@ def write_json(path, data):
 
 def write_safetensors(path, tensors, metadata=None):
     """Tensors by name, and a flat dict of strings for the file's header."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with aside(path) as part:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata=metadata)
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata=metadata)
+        except SafetensorError as problem:  # how the library reports a full disk
+            raise OSError(str(problem)) from problem
 
 
 def write_lora(folder, state):
@@ -298,13 +308,17 @@ def write_lora(folder, state):
     write_safetensors(folder / "webui_lora.safetensors", webui_state(state))
 
 
+def method_name(args):
+    """The algorithm and its strategies, e.g. ddpo-bpt-bs."""
+    bpt = [] if args.no_bpt else ["bpt" if args.interval == "backward" else "forward"]
+    return "-".join([args.algo, *bpt, *([] if args.no_bs else ["bs"])])
+
+
 def default_folder(args):
-    """runs/<model>-<reward>-<prompts>-<algo and strategies>-seed<seed>"""
-    parts = [Path(args.model).stem, Path(args.reward).name.replace(".py:", "-")]
-    parts += [Path(args.prompts).stem if args.prompts else f"template{args.template}", args.algo]
-    parts += [] if args.no_bpt else ["bpt" if args.interval == "backward" else "forward"]
-    parts += [] if args.no_bs else ["bs"]
-    return "runs/" + "-".join([*parts, f"seed{args.seed}"])
+    """runs/<model>-<reward>-<prompts>-<method>-seed<seed>"""
+    prompts = Path(args.prompts).stem if args.prompts else f"template{args.template}"
+    parts = [Path(args.model).stem, Path(args.reward).name.replace(".py:", "-"), prompts]
+    return "runs/" + "-".join([*parts, method_name(args), f"seed{args.seed}"])
 
 
 def first_line(args, world):
@@ -341,6 +355,18 @@ def read_config(folder):
         return config
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         die(f"{folder} holds no run: there is no config.json of a run in it")
+
+
+def resumed_settings(args, parser):
+    """The settings of the run that args.resume names, but for the flags of `WITH_RESUME`."""
+    given = [k for k, v in vars(args).items() if v != parser.get_default(k)]
+    if other := [f"--{k.replace('_', '-')}" for k in given if k not in WITH_RESUME]:
+        die(f"--resume takes all settings from the run: leave out {', '.join(other)}")
+    kept = {k: v for k, v in vars(args).items() if k in given}
+    before = {"skip_last": 0}  # what a run of an earlier version did not write down
+    args.__dict__.update(before | read_config(args.resume) | kept)
+    choose_device(args)
+    return args
 
 
 def save_checkpoint(folder, done, lora, optimizer, history):
@@ -393,20 +419,21 @@ def append_metrics(folder, line):
         file.write(json.dumps(line) + "\n")
 
 
+def has_tensorboard():
+    return importlib.util.find_spec("tensorboard") is not None
+
+
 def open_tensorboard(args, folder, first, rank):
     """A function that writes a metrics line to folder/tensorboard; without --tensorboard, nothing.
 
     The x axis is the reward queries. Lines after a resumed run's round are dropped.
     """
-    if not args.tensorboard:
+    if not args.tensorboard or rank > 0:
         return lambda line: None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        die("--tensorboard needs the package: pip install tensorboard")
-    if rank > 0:
-        return lambda line: None
-    writer = SummaryWriter(folder / "tensorboard", purge_step=first * args.queries + 1)
+    from torch.utils.tensorboard import SummaryWriter
+
+    done = first * (args.queries // args.branches * args.branches)
+    writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
 
     def write(line):
         for name, value in (line | line["seconds"]).items():
@@ -418,8 +445,7 @@ def open_tensorboard(args, folder, first, rank):
 
 
 CARD = """---
-base_model: {base}
-library_name: diffusers
+{base_model}library_name: diffusers
 pipeline_tag: text-to-image
 tags: [lora, text-to-image, stable-diffusion, reinforcement-learning, b2-diffurl]
 ---
@@ -431,11 +457,11 @@ in {rounds} rounds, seed {seed}; every setting is in `config.json`, a line a rou
 
 ```python
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe = StableDiffusionPipeline.{load}("{base}")
 pipe.scheduler = DDIMScheduler.from_config(
     pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 pipe.load_lora_weights("THIS REPOSITORY OR FOLDER")  # pipe.fuse_lora() makes it part of the model
-pipe({prompt!r}, num_inference_steps={T}, guidance_scale={guidance}, eta={eta}).images[0]
+pipe({prompt!r}, num_inference_steps={T}, guidance_scale={guidance}, eta={eta}{size}).images[0]
 ```
 
 `webui_lora.safetensors` is the same LoRA for web UIs (AUTOMATIC1111, ComfyUI).
@@ -455,12 +481,19 @@ pipe({prompt!r}, num_inference_steps={T}, guidance_scale={guidance}, eta={eta}).
 
 
 def write_card(folder, args, summary, prompts):
-    """README.md, a model card in Hugging Face's format: `hf upload NAME folder` publishes a run."""
+    """README.md, a model card in Hugging Face's format: `hf upload NAME folder` publishes a run.
+
+    `base_model` is left out where the base is a folder or file: the hub knows only its own names.
+    """
     rows = [f"| {name.replace('_', ' | ')} | {s['before']:.4f} | {s['after']:.4f} | "
             f"{s['gain']:+.4f} | {s['error']:.4f} | {s['n']} |" for name, s in summary.items()]  # fmt: skip
-    method = "-".join(Path(default_folder(args)).name.split("-")[-4:-1])
+    local = args.model == "tiny" or Path(args.model).exists()
     text = CARD.format(**vars(args) | dict(
-        base=args.model, method=method, queries=args.rounds * args.queries,
+        base=args.model, method=method_name(args),
+        base_model="" if local else f"base_model: {args.model}\n",
+        load="from_single_file" if args.model.endswith(".safetensors") else "from_pretrained",
+        size=f", height={args.image_size}, width={args.image_size}" if args.image_size else "",
+        queries=args.rounds * (args.queries // args.branches * args.branches),
         prompt=prompts[0], table="\n".join(rows), prompts="\n".join(f"- {p}" for p in prompts)))  # fmt: skip
     with aside(folder / "README.md") as part:
         part.write_text(text, encoding="utf-8")
@@ -511,6 +544,20 @@ def all_sum(tensor, device):
     there = tensor.to(device)
     dist.all_reduce(there)
     return there.to(tensor.device)
+
+
+def all_totals(sums, device):
+    """An update's metric sums over all processes; those called max_... are maxima."""
+    if not dist.is_initialized():
+        return sums
+    names = [name for name in sums if not name.startswith("max_")]
+    added = all_sum(torch.tensor([float(sums[name]) for name in names]), device).tolist()
+    biggest = {}
+    for name in sums.keys() - set(names):
+        there = torch.tensor(float(sums[name]), device=device)
+        dist.all_reduce(there, op=dist.ReduceOp.MAX)
+        biggest[name] = there.item()
+    return dict(zip(names, added)) | biggest
 
 
 def sum_gradients(parameters, device):

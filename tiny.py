@@ -242,10 +242,13 @@ def read_cache(args, name="latents"):
 # ---------------------------------------------------------------- text
 def new_tokenizer():
     """CLIP's own byte-pair tokenizer, its merges trained on the world's words alone, so that each
-    is one token; other words fall apart into letters, and every byte has a token."""
+    is one token; other words fall apart into letters, and every byte has a token. One that is
+    there is kept: merges of equal count come in any order, and ids must not change midway."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
+    if (HOME / "tokenizer" / "tokenizer.json").exists():
+        return CLIPTokenizer.from_pretrained(HOME / "tokenizer")
     words = {w for p in captions() for w in p.split()} | set(STYLES) | {"style", "a"}
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

@@ -67,7 +67,7 @@ SETTINGS = (
     ("rank", int, 4, 4, "LoRA rank [official]"),
     ("kl_beta", float, 0.01, 0.01, "weight of DPOK's KL, Eq. 7 [DPOK]"),
     ("dpo_beta", float, 0.1, 0.1, "beta of DPO on summed log p, Eq. 8 [D3PO]"),
-    ("sample_batch", int, 8, 64, "states a UNet call while sampling, before guidance doubles it"),
+    ("sample_batch", int, 8, 100, "states a UNet call while sampling, before guidance doubles it"),
     ("micro_batch", int, 2, 64, "states a UNet call while training; the gradient is the same"),
     ("decode_batch", int, 8, 64, "pictures decoded and scored at once"),
     ("eval_images", int, 1, 2, "pictures a prompt, before and after, on both prompt lists"),
@@ -96,12 +96,7 @@ def parse_args(argv):
             help=f"{text} (default SD {sd}, tiny {tiny})")  # fmt: skip
     args = parser.parse_args(argv)
     if args.resume:
-        given = [k for k, v in vars(args).items() if v != parser.get_default(k)]
-        if other := [f"--{k.replace('_', '-')}" for k in given if k not in ("resume", "threads")]:
-            runs.die(f"--resume takes all settings from the run: leave out {', '.join(other)}")
-        kept = {k: v for k, v in vars(args).items() if k in given}
-        resumed = argparse.Namespace(**{**vars(args), **runs.read_config(args.resume), **kept})
-        runs.choose_device(resumed)
+        resumed = runs.resumed_settings(args, parser)
         if problem := check_reward_name(resumed.reward):
             runs.die(problem)
         return resumed
@@ -136,7 +131,9 @@ def check(args):
          f"--queries {args.queries} is fewer than --branches {args.branches}"),
         (args.eta > 0, "--eta must be above 0: without noise a step has no probability"),
         (0 <= args.threshold < args.adv_clip, "--threshold must be from 0 to --adv-clip"),
-        (0 <= args.skip_last < args.tau0, "--skip-last must be from 0 to below --tau0"),
+        (0 <= args.skip_last < (args.T if args.no_bpt else args.tau0), f"--skip-last "
+         f"{args.skip_last} must be from 0 to below --tau0 {args.tau0}: try --skip-last 0"),
+        (not args.tensorboard or runs.has_tensorboard(), "--tensorboard: pip install tensorboard"),
         (args.T <= 999, "--T must be at most 999: the model knows 1000 timesteps, the first is 1"),
         (0 <= args.beta1 < 1 and 0 <= args.beta2 < 1, "--beta1 and --beta2 must be from 0 to 1"),
         *((getattr(args, n) is None or getattr(args, n) >= 1, f"--{n.replace('_', '-')} must be 1 "
@@ -161,7 +158,8 @@ class Round:
     """What one round sampled. P_here of its P roots belong to this process.
 
     prompts: P, all of them. mine: (P_here,) long, the roots of this process. states: (P_here, K,
-    tau + 1, C, h, w) from x_start to x_stop; log_p_old: (P_here, K, tau); scores: (P, K), global.
+    n + 1, C, h, w) from x_start to x_stop, n = start - stop; log_p_old: (P_here, K, n); scores:
+    (P, K), global.
     """
 
     prompts: list
@@ -305,6 +303,7 @@ def train_round(model, data, r_hat, kept, interval, optimizer, i, args):
         for update in split_updates(kept, args.update_size, shuffle):
             optimizer.zero_grad(set_to_none=True)
             sums = update_gradient(model, data, r_hat, update, interval, args)
+            sums = runs.all_totals(sums, model.device)
             runs.sum_gradients(parameters, model.device)
             if totals is None:  # before the first update every ratio must be 1 (trap 2)
                 log["first_max_log_ratio"] = sums["max_log_ratio"]

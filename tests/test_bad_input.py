@@ -66,6 +66,11 @@ def light(monkeypatch):
     (["--window", -1], ["--window"]),
     (["--T", 1001], ["--T"]),
     (["--algo", "dpo", "--micro-batch", 1], ["--micro-batch 2"]),
+    (["--skip-last", 14], ["--skip-last 14", "--tau0 14"]),
+    (["--skip-last", 20, "--no-bpt"], ["--skip-last 20"]),
+    (["--image-size", 0], ["--image-size"]),
+    (["--image-size", -64], ["--image-size"]),
+    (["--preset", "12gb"], ["--preset", "16gb"]),
     *([(["--" + n, v], ["--" + n]) for n in (
         "rounds", "queries", "epochs", "update-size", "rank", "sample-batch", "micro-batch",
         "decode-batch", "eval-images", "grid-every") for v in (0, -2)]),

@@ -16,7 +16,8 @@ from test_processes import WORKER
 
 
 def test_killed_again_and_again(tmp_path, random_folder, request):
-    kills, rounds = request.config.getoption("--kills"), 30
+    kills = request.config.getoption("--kills")
+    rounds = 30 if kills > 2 else 10
     script, prompts = tmp_path / "worker.py", tmp_path / "prompts.txt"
     script.write_text(WORKER)
     prompts.write_text("cat\ndog\n")

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import load_args, make_pipeline, randomise_lora
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_training import PROMPTS, command, gradient, normalised, sample, settings
 
@@ -73,7 +75,7 @@ def test_presets_fill_in_what_is_not_given(preset):
     assert {k: getattr(args, k) for k in runs.PRESETS[preset]} == runs.PRESETS[preset]
     args = train.parse_args(["--model", "none", "--device", "cpu", "--preset", preset,
                              "--micro-batch", "3"])  # fmt: skip
-    assert args.micro_batch == 3 and args.checkpointing
+    assert args.micro_batch == 3 and args.offload
 
 
 def test_image_size(random_folder, capsys):
@@ -119,12 +121,20 @@ def test_the_runs_lora_in_diffusers_and_in_the_web_uis_layout(run):
 
 
 def test_model_card(run):
-    """Front matter that the hub reads, settings, every score, and a grid that is there."""
+    """Front matter that the hub reads, settings, every score, and a grid that is there.
+
+    A base that is a folder is no name on the hub; one that is not goes into the front matter.
+    """
     text = (run / "README.md").read_text(encoding="utf-8")
     config = json.loads((run / "config.json").read_text())
     head, body = text.split("---\n")[1:3]
-    assert f"base_model: {config['model']}" in head and "text-to-image" in head
+    assert "base_model" not in head and "text-to-image" in head
     summary = json.loads((run / "summary.json").read_text())
+    args = SimpleNamespace(**{**config, "model": runs.SD, "image_size": 256})
+    runs.write_card(run, args, summary, ["a 'quoted' cat"])
+    named = (run / "README.md").read_text(encoding="utf-8")
+    assert f"base_model: {runs.SD}\n" in named and "height=256, width=256)" in named
+    assert f'from_pretrained("{runs.SD}")' in named and "24 reward queries\nin 2 rounds" in named
     for name, score in summary.items():
         row = f"| {name.replace('_', ' | ')} | {score['before']:.4f} | {score['after']:.4f} |"
         assert row in body
@@ -132,11 +142,14 @@ def test_model_card(run):
     assert "- a cat\n- a dog" in body and "ddpo-bpt-bs" in body and "{" not in body
 
 
-def test_tensorboard_without_the_package(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+def test_tensorboard_without_the_package(capsys, tmp_path, monkeypatch):
+    """Refused before anything is written."""
+    monkeypatch.setattr(runs, "has_tensorboard", lambda: False)
     with pytest.raises(SystemExit) as stop:
-        command(tmp_path / "run", "--rounds", 1, "--tensorboard")
+        train.parse_args(["--model", "none", "--device", "cpu", "--tensorboard", "--out",
+                          str(tmp_path / "run")])  # fmt: skip
     assert stop.value.code == 2 and "pip install tensorboard" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard(command, tmp_path):
@@ -155,7 +168,7 @@ def test_a_full_disk_ends_with_a_line_and_keeps_the_last_checkpoint(command, tmp
         calls.append(path)
         if len(calls) == 2:
             Path(path).write_bytes(b"half a file")
-            raise OSError(28, "No space left on device")
+            raise SafetensorError("Error while serializing: No space left on device (os error 28)")
         save_file(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
@@ -168,3 +181,17 @@ def test_a_full_disk_ends_with_a_line_and_keeps_the_last_checkpoint(command, tmp
     want, _ = command(tmp_path / "straight", "--rounds", 3)
     name = "pytorch_lora_weights.safetensors"
     assert (folder / name).read_bytes() == (want / name).read_bytes() and len(lines) == 3
+
+
+def test_a_run_of_an_earlier_version_resumes(command, tmp_path):
+    """Its config.json knows nothing of later flags; memory flags may be given beside --resume."""
+    want, _ = command(tmp_path / "run", "--rounds", 2)
+    config = json.loads((want / "config.json").read_text())
+    later = ("skip_last", "image_size", "preset", "checkpointing", "offload", "tensorboard")
+    old = {k: v for k, v in config.items() if k not in later}
+    (want / "config.json").write_text(json.dumps(old))
+    args = train.parse_args(["--resume", str(want), "--checkpointing", "--micro-batch", "2"])
+    assert args.skip_last == 0 and args.checkpointing and args.micro_batch == 2
+    assert args.image_size is None and args.rounds == 2 and args.offload is False
+    folder, lines = command(want, resume=True)
+    assert len(lines) == 2
