@@ -104,7 +104,7 @@ def main(argv):
         chosen["all, less the root's mean"] = r_hat - r_hat.mean(1, keepdim=True)
     within = r_hat.std(1).mean().item() if args.branches > 1 else 0.0
     print(f"score {data.scores.mean():.4f}, std {data.scores.std():.4f}; std of r_hat within a root "
-          f"{within:.2f}\n\n| steps t | share of |g|^2 | " + " | ".join(chosen) + " |")  # fmt: skip
+          f"{within:.2f}\n\n| steps t | share of g^2 | " + " | ".join(chosen) + " |")  # fmt: skip
     print("|---|---|" + "---|" * len(chosen))
     energy = (r_hat[:, :, None, None] * vectors).sum(1).float().square().sum((0, 2))
     for lo, hi in RANGES:
