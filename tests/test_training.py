@@ -493,6 +493,20 @@ def test_other_methods_run(command, tmp_path, flags):
         assert all(line["kept"] % 2 == 0 for line in lines)
 
 
+def test_the_intervals_of_a_run(command, tmp_path, monkeypatch):
+    """tau grows from tau0 to T, --skip-last is left out, --interval turns it round (Eq. 3)."""
+    seen, real = [], train.sample_round
+
+    def record(model, reward, prompts, i, interval, *rest):
+        seen.append(interval)
+        return real(model, reward, prompts, i, interval, *rest)
+
+    monkeypatch.setattr(train, "sample_round", record)
+    command(tmp_path / "a", "--rounds", 3, "--skip-last", 1)
+    command(tmp_path / "b", "--rounds", 3, "--skip-last", 1, "--interval", "forward")
+    assert seen == [(4, 1), (5, 1), (6, 1), (6, 2), (6, 1), (6, 1)]
+
+
 def test_empty_selection_skips_the_update_and_says_so(command, tmp_path, capsys):
     """Trap 5: the run goes on, the weights stay as they are."""
     folder, lines = command(tmp_path / "run", "--rounds", 2, "--threshold", 4.9)
