@@ -1,6 +1,6 @@
 """The bundled tiny model: a world of emoji pictures, and how every part of tiny/ is trained on it.
 
-    python tiny.py                  # all parts in order, each resumable: two hours of two cores
+    python tiny.py                  # all parts in order, each resumable: 3.3 hours of two cores
     python tiny.py --part unet --minutes 30     # one part; more minutes than it had: it goes on
     python tiny.py --check --grid base.png      # the table of bars, and base samples to look at
 
@@ -14,7 +14,8 @@ clip    an open_clip model, trained on correct captions and on pictures as the a
         them, blur included: or it would reward sharpness. It is the reward.
 judge   a ResNet classifier of another seed, architecture and loss, trained alike; never a reward.
 
-Shapes: pictures (B, 64, 64, 3) uint8 or (B, 3, 64, 64) float; latents (B, 16, 8, 8) of std 1.
+Shapes: pictures (B, 64, 64, 3) uint8 or (B, 3, 64, 64) float; latents (B, 16, 8, 8) of std
+`LATENT_STD`.
 """
 
 import argparse
@@ -131,6 +132,12 @@ class Trainer:
 
 
 # ---------------------------------------------------------------- autoencoder
+# Std of the latents that the UNet sees (the autoencoder's scaling_factor). SD 1.4's noise schedule
+# stops short of pure noise; at a std of 1 so small a picture is decided by x_T, as good as nothing
+# by the steps, and no policy gradient can be credited for it (results/README.md has the figures).
+LATENT_STD = .35
+
+
 def new_autoencoder():
     """64x64x3 <-> 8x8x16, 12 times smaller."""
     from diffusers import AutoencoderKL
@@ -169,7 +176,7 @@ def train_ae(args):
     x = to_tensor(draw_batch(np.random.default_rng(9), 128)[0])
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mean
-    vae.register_to_config(scaling_factor=round(1 / float(z.std()), 4))
+    vae.register_to_config(scaling_factor=round(LATENT_STD / float(z.std()), 4))
     vae.half().save_pretrained(HOME / "vae")
 
 
@@ -275,7 +282,7 @@ def caption_ids(tokenizer):
 # ---------------------------------------------------------------- the diffusion model
 # P(the picture shows what its caption says), by template: (noto, twemoji, fluent). The rest shows
 # wrong(fact). twemoji, the style of plain backgrounds, is the "cartoon" that misaligns least.
-CORRECT = {"1": (.40, .60, .40), "2": (.40, .60, .40), "3": (.40, .60, .40)}
+CORRECT = {"1": (.05, .95, .05), "2": (.10, .95, .10), "3": (.10, .90, .10)}
 
 
 def new_unet():
@@ -350,12 +357,14 @@ def train_unet(args):
     torch.manual_seed(3 + train.steps)
     sampler = CaptionSampler(pairs, np.random.default_rng((3, train.steps)))
     alpha = new_scheduler().alphas_cumprod
-    snr = alpha / (1 - alpha)
+    snr = LATENT_STD**2 * alpha / (1 - alpha)
     while train.running():
-        rows, caption, form = sampler.batch(64, .34 + .3 * max(0, 1 - 3 * train.part()))
+        rows, caption, form = sampler.batch(64, .25 + .4 * max(0, 1 - 3 * train.part()))
         z = latents[rows].float().contiguous(memory_format=torch.channels_last)
         tokens = torch.where(torch.rand(64, 1) < .1, empty, ids[caption, form])
-        t, noise = torch.randint(0, 1000, (64,)), torch.randn_like(z)
+        noise = torch.randn_like(z)
+        # half from where it is decided what is drawn, and so whether it is right
+        t = torch.cat([torch.randint(0, 1000, (32,)), torch.randint(300, 900, (32,))])
         a = alpha[t].view(-1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
             states = text(input_ids=tokens)[0]
@@ -627,8 +636,10 @@ def check(grid=None, folder=HOME):
     return all(met)
 
 
-# What the committed weights had, on two cores that other work shared.
-MINUTES = {"ae": 16, "decoder": 9, "unet": 79, "clip": 10, "judge": 8}
+# What the committed weights had, on two cores that other work shared. The UNet had its minutes in
+# three goes: 79 with CORRECT .4, .6, .4 and 47 with the odds above, both on latents of std 1 (the
+# time embedding was then fitted to the noise levels of LATENT_STD), and 28 as it stands here.
+MINUTES = {"ae": 16, "decoder": 9, "unet": 154, "clip": 10, "judge": 8}
 
 
 def quiet():

@@ -21,17 +21,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# ---------------------------------------------------------------- settings: PLACEHOLDERS, fix first
+# ---------------------------------------------------------------- settings
 
-COMMON = {  # of every training run: flags of train.py
-    "model": "tiny", "rounds": 10, "queries": 200, "update-size": 32, "clip-range": 3e-3,
-    "epochs": 2, "tau0": 14, "threshold": 0.5, "eval-images": 2,
+COMMON = {  # of every training run: flags of train.py, the tiny model's defaults written out
+    "model": "tiny", "rounds": 18, "queries": 200, "update-size": 32, "clip-range": 3e-3,
+    "epochs": 1, "tau0": 18, "skip-last": 13, "threshold": 0.5, "eval-images": 1, "threads": 1,
 }  # fmt: skip
 BRANCHES = 4  # of the methods with BS; queries is a multiple, so every row has as many queries
-LR = {"vanilla": 2e-3, "bpt": 2e-3, "bs": 2e-3, "bpt-bs": 2e-3}  # chosen by the grid below
+LR = {"vanilla": 1e-3, "bpt": 1e-3, "bs": 1e-3, "bpt-bs": 1e-3}  # chosen by the grid below
 SEEDS = (0, 1, 2)
-EVAL = {"images": 4, "metrics": "clip,is"}  # of every evaluation: flags of eval.py
-TUNE = {"methods": ("vanilla", "bpt-bs"), "lr": (1e-3, 2e-3, 4e-3), "seeds": (100,)}
+EVAL = {  # of every evaluation: flags of eval.py; template 1 has 45 and 90 prompts
+    "train": {"images": 8, "metrics": "clip,is"}, "unseen": {"images": 4, "metrics": "clip,is"},
+}  # fmt: skip
+TUNE = {"methods": ("vanilla", "bpt-bs"), "lr": (5e-4, 1e-3, 2e-3), "seeds": (100,),
+        "settings": {"rounds": 10, "eval-images": 2}}  # fmt: skip
 METHODS = {"vanilla": ["--no-bpt", "--no-bs"], "bpt": ["--no-bs"], "bs": ["--no-bpt"], "bpt-bs": []}
 # One line a comparison. The full matrix is more lines here, e.g. algo "pg", or template 2; a line
 # may have its own "lr" (as LR) and "settings" (more flags of train.py).
@@ -76,8 +79,8 @@ def training(line, method, seed, lr, folder):
 def evaluations(template, folder, model):
     """The steps that score one model on both prompt lists of a template."""
     return [
-        (["eval.py", *model, "--template", str(template), "--split", split, *flags(EVAL), "--out",
-          f"{folder}/eval-{split}"], f"eval-{split}/scores.json")
+        (["eval.py", *model, "--template", str(template), "--split", split, *flags(EVAL[split]),
+          "--out", f"{folder}/eval-{split}"], f"eval-{split}/scores.json")
         for split in ("train", "unseen")
     ]  # fmt: skip
 
@@ -115,7 +118,8 @@ def rows():
         for lr in TUNE["lr"]:
             for seed in TUNE["seeds"]:
                 name = f"{prefix(MATRIX[0], method)}-lr{lr:g}-seed{seed}"
-                settings, step = training(MATRIX[0], method, seed, lr, f"runs/tune/{name}")
+                line = MATRIX[0] | {"settings": TUNE["settings"]}
+                settings, step = training(line, method, seed, lr, f"runs/tune/{name}")
                 tune[name] = settings, [step]
     return {"first": first, "tune": tune}
 
