@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------- settings
 
-COMMON = {  # of every training run: flags of train.py, the tiny model's defaults written out
-    "model": "tiny", "rounds": 18, "queries": 200, "update-size": 32, "clip-range": 3e-3,
+COMMON = {  # of every training run: flags of train.py; the tiny defaults, but for the rounds
+    "model": "tiny", "rounds": 10, "queries": 200, "update-size": 32, "clip-range": 3e-3,
     "epochs": 1, "tau0": 18, "skip-last": 13, "threshold": 0.5, "eval-images": 1, "threads": 1,
 }  # fmt: skip
 BRANCHES = 4  # of the methods with BS; queries is a multiple, so every row has as many queries
@@ -36,7 +36,7 @@ EVAL = {  # of every evaluation: flags of eval.py; template 1 has 45 and 90 prom
     "train": {"images": 8, "metrics": "clip,is"}, "unseen": {"images": 4, "metrics": "clip,is"},
 }  # fmt: skip
 TUNE = {"methods": ("vanilla", "bpt-bs"), "lr": (5e-4, 1e-3, 2e-3), "seeds": (100,),
-        "settings": {"rounds": 10, "eval-images": 2}}  # fmt: skip
+        "settings": {"eval-images": 2}}  # fmt: skip
 METHODS = {"vanilla": ["--no-bpt", "--no-bs"], "bpt": ["--no-bs"], "bs": ["--no-bpt"], "bpt-bs": []}
 # One line a comparison. The full matrix is more lines here, e.g. algo "pg", or template 2; a line
 # may have its own "lr" (as LR) and "settings" (more flags of train.py).
