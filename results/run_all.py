@@ -266,6 +266,20 @@ def comparison(line):
         row.append(f"{mean:+.4f} ± {var**0.5:.4f} (seeds only)")
         label = "base" if against == "base" else prefix(line, against)
         out.append(f"| {prefix(line, method)} over {label} | " + " | ".join(row) + " |")
+    out += ["", "Each seed over the base model, mean ± paired standard error over pictures:", "",
+            "| run | CLIPScore, train | CLIPScore, unseen | recognised, train | recognised, unseen |",
+            "|---|---|---|---|---|"]  # fmt: skip
+    for method in line["methods"]:
+        for seed in SEEDS:
+            name = f"{prefix(line, method)}-seed{seed}"
+            mine = {s: evaluated(name, s) for s in ("train", "unseen")}
+            if not all(mine.values()):
+                continue
+            cells = [(s, k) for k in ("clip", "recognised") for s in mine]
+            row = [gain([mine[s]["scores"][k]], [base[s]["scores"][k]])[:2] if
+                   base[s]["scores"].get(k) else None for s, k in cells]  # fmt: skip
+            out.append(f"| {name} | " + " | ".join(
+                f"{v[0]:+.4f} ± {v[1]:.4f}" if v else "" for v in row) + " |")  # fmt: skip
     if line["algo"] in PAPER_TABLE2 and line["template"] == 1:
         without, with_ours = PAPER_TABLE2[line["algo"]]
         out += ["", f"Paper, Table 2, inception score: {without} vanilla, {with_ours} with ours."]

@@ -146,6 +146,14 @@ def test_the_tokenizer_has_the_worlds_words_and_survives_others():
         assert len(ids) == 16 and max(ids) < len(tokenizer)
 
 
+def test_latents_have_the_std_that_the_unet_was_trained_for():
+    vae = tiny.load_vae()
+    pictures = tiny.to_tensor(tiny.draw_batch(rng(), 64)[0])
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.mean * vae.config.scaling_factor
+    assert abs(latents.std() / tiny.LATENT_STD - 1) < 0.1
+
+
 @pytest.mark.parametrize("options", [{}, {"safety_checker": None}])
 def test_the_pipeline_loads_draws_and_survives_saving(options, tmp_path):
     from diffusers import StableDiffusionPipeline
