@@ -46,8 +46,9 @@ def training_interval(tau, T=20, direction="backward", skip_last=0):
     backward: the last tau steps, (tau, 0) [paper, Eq. 3]. forward: the first tau steps from the
     noise, (T, T - tau), an ablation [ours, after TempFlow-GRPO's claim that early steps count].
     skip_last: the steps t <= skip_last are sampled but not trained [ours; the paper's is 0]. What
-    is drawn there can't be seen (App. F.1), so it tells the reward nothing, and yet these steps
-    have most of the gradient's variance: by Eq. 1 grad log p grows as 1 / sigma_t.
+    is drawn in the last of them can't be seen (App. F.1), so it tells the reward nothing, and yet
+    they have most of the gradient's variance: by Eq. 1 grad log p grows as 1 / sigma_t. How many
+    more carry nothing depends on the model: `results/gradient_signal.py` measures it.
     """
     start, stop = {"backward": (tau, 0), "forward": (T, T - tau)}[direction]
     return start, max(stop, skip_last)

@@ -1,7 +1,7 @@
 """What a round costs: against bare calls, against the least, against TRL. Prints Markdown tables.
 
     python bench.py                                    # (a) to (d), the bundled tiny model
-    python bench.py --part counts --T 10 --queries 16  # any flag of train.py is passed on to it
+    python bench.py --part counts --queries 16  # any flag of train.py is passed on to it
     python bench.py --peer OLD_VENV/bin/python         # (e)
 
     (a) overhead  sample_round and train_round against bare UNet, VAE and reward calls with LoRA
@@ -54,7 +54,9 @@ PARTS = ("overhead", "phases", "counts", "sweep", "peer", "memory", "ratio",
          "variants")
 DDPO = ["--no-bpt", "--no-bs"]
 BATCHES = (16, 32, 64, 128, 256)  # UNet batch sizes tried for the bare calls, guidance included
-LARGE = "--T 6 --tau0 4 --epochs 1 --queries 64".split()  # the larger UNet, or it would take hours
+INTERVAL = "--tau0 14 --skip-last 0".split()  # the paper's, where the tiny model's own does not fit
+# the larger UNet, or it would take hours
+LARGE = "--T 6 --tau0 4 --skip-last 0 --epochs 1 --queries 64".split()
 SWEEP = {"T": (14, 20, 40), "tau0": (5, 10, 14, 20), "branches": (2, 4, 8),
          "sample_batch": (8, 16, 32, 64, 128), "micro_batch": (2, 8, 16, 32, 64, 128)}  # fmt: skip
 PEER_BATCHES = (8, 16, 32, 64)  # sample and micro batch tried for the best setting of each
@@ -492,6 +494,7 @@ def worker_row(worker, times, queries):
 
 def sweep(flags, repeats):
     """(d) One setting changed at a time."""
+    flags = [*INTERVAL, *flags]
     rows, base = [], train.parse_args(flags)
     for name, value in ((n, v) for n, values in SWEEP.items() for v in values):
         if name == "tau0" and value > base.T or name == "T" and value < base.tau0:
@@ -509,8 +512,10 @@ def peer(flags, python, repeats):
     """(e) TRL's DDPO, our DDPO, our B2: seconds and memory, and times fewer seconds than TRL.
 
     All do one update an epoch. B2's cost is linear in tau, and its schedule in the round, so a
-    whole run costs what its middle does, at tau = (tau0 + T) / 2. KL metric: see (b).
+    whole run costs what its middle does, at tau = (tau0 + T) / 2. All steps are trained, as in
+    TRL. KL metric: see (b).
     """
+    flags = [*INTERVAL, *flags]
     base = train.parse_args(flags)
     assert base.rank == 4, "TRL's LoRA has rank 4"
     threads = base.threads or torch.get_num_threads()

@@ -133,8 +133,8 @@ class Trainer:
 
 # ---------------------------------------------------------------- autoencoder
 # Std of the latents that the UNet sees (the autoencoder's scaling_factor). SD 1.4's noise schedule
-# stops short of pure noise; at a std of 1 so small a picture is decided by x_T, as good as nothing
-# by the steps, and no policy gradient can be credited for it (results/README.md has the figures).
+# stops short of pure noise; at a std of 1 most of so small a picture was decided by x_T, little by
+# the steps, which alone a policy gradient can credit (results/README.md has the figures).
 LATENT_STD = .35
 
 
@@ -363,7 +363,7 @@ def train_unet(args):
         z = latents[rows].float().contiguous(memory_format=torch.channels_last)
         tokens = torch.where(torch.rand(64, 1) < .1, empty, ids[caption, form])
         noise = torch.randn_like(z)
-        # half from where it is decided what is drawn, and so whether it is right
+        # half from the noise levels at which a picture takes shape
         t = torch.cat([torch.randint(0, 1000, (32,)), torch.randint(300, 900, (32,))])
         a = alpha[t].view(-1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
@@ -637,8 +637,9 @@ def check(grid=None, folder=HOME):
 
 
 # What the committed weights had, on two cores that other work shared. The UNet had its minutes in
-# three goes: 79 with CORRECT .4, .6, .4 and 47 with the odds above, both on latents of std 1 (the
-# time embedding was then fitted to the noise levels of LATENT_STD), and 28 as it stands here.
+# three goes: 79 with CORRECT .4, .6, .4 and 47 with the odds above, both on latents of std 1, and 28
+# as it stands here, after the time embedding was fitted to the noise levels that LATENT_STD makes.
+# So a rebuild gives a model of this kind, not these weights.
 MINUTES = {"ae": 16, "decoder": 9, "unet": 154, "clip": 10, "judge": 8}
 
 

@@ -41,8 +41,7 @@ from rewards import REWARDS, check_reward_name, load_reward
 
 ALGOS = ("ddpo", "pg", "dpok", "dpo")
 
-# Every number of the method, once: flag, type, default for Stable Diffusion, default for the tiny
-# model, what it is and where it comes from.
+# Every number of the method, once: flag, type, default for SD and for tiny, what it is, its source.
 SETTINGS = (
     ("T", int, 20, 20, "denoising steps [paper, Table 6]"),
     ("eta", float, 1.0, 1.0, "weight of DDIM's noise [paper, Table 6]"),
@@ -133,6 +132,8 @@ def check(args):
         (0 <= args.threshold < args.adv_clip, "--threshold must be from 0 to --adv-clip"),
         (0 <= args.skip_last < (args.T if args.no_bpt else args.tau0), f"--skip-last "
          f"{args.skip_last} must be from 0 to below --tau0 {args.tau0}: try --skip-last 0"),
+        (args.no_bpt or args.interval == "backward" or args.skip_last in range(args.T - args.tau0),
+         "--interval forward never grows so: --skip-last must be below T - tau0, e.g. 0 and 3"),
         (not args.tensorboard or runs.has_tensorboard(), "--tensorboard: pip install tensorboard"),
         (args.T <= 999, "--T must be at most 999: the model knows 1000 timesteps, the first is 1"),
         (0 <= args.beta1 < 1 and 0 <= args.beta2 < 1, "--beta1 and --beta2 must be from 0 to 1"),

@@ -5,13 +5,14 @@
 
 Before the first update the gradient of a root p is g_p = sum over its branches k of
 w(p, k) sum over t of grad log p(x_{t-1} | x_t), w = r_hat where the selection keeps the trajectory
-and 0 elsewhere. Roots are independent, so the mean of g_p . g_q over p != q estimates |E g|^2
-without bias, and the mean of |g_p|^2 is signal and noise together. Printed is
+and 0 elsewhere. Roots are independent (but for r_hat's mean and std, which those of one prompt
+share), so the mean of g_p . g_q over p != q estimates |E g|^2 without bias, and the mean of |g_p|^2
+is signal and noise together. Printed is
 
     25 * mean(g_p . g_q) / mean(|g_p|^2)
 
 the squared signal-to-noise ratio of a batch of 25 roots: at 1 the gradient of 25 roots is half
-signal, at 0.01 it takes 2,500 roots. +- is a standard error. The gradient is that of LoRA's `up`
+signal, at 0.01 it takes 2,500 roots. +- is a standard error if there is no signal. The gradient is that of LoRA's `up`
 weights; that of `down` is 0 at the start. [ours]
 """
 
@@ -43,9 +44,9 @@ def score_vectors(model, data, interval, args):
 
     def watch(name):
         def forward(layer, inputs, output):
-            low = torch.nn.functional.linear(inputs[0].float(), layer.down).detach()
+            low = torch.nn.functional.linear(inputs[0].float(), layer.down.float()).detach()
             output.register_hook(
-                lambda back: seen.__setitem__(name, torch.einsum("blo,blr->bor", back, low)))
+                lambda back: seen.__setitem__(name, torch.einsum("blo,blr->bor", back.float(), low).cpu()))
 
         return forward
 
@@ -58,7 +59,8 @@ def score_vectors(model, data, interval, args):
             rows = torch.stack([root, torch.full_like(root, step), root, branch], 1)
             prediction, x_t, t = train.predict(model, data, rows, interval, args)
             mu, sigma = ddim_mean(model.schedule, prediction, x_t, t)
-            log_prob(data.states[root, branch, step + 1], mu, sigma).sum().backward()
+            x_prev = data.states[root, branch, step + 1].to(model.device)
+            log_prob(x_prev, mu, sigma).sum().backward()
             both = torch.cat([seen[name].flatten(1) for name in layers], 1)
             halves = 1 if args.guidance == 1 else 2  # guidance: the two halves of one sample
             out[part, step] = both.view(halves, len(part), -1).sum(0).half()

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------- settings
 
-COMMON = {  # of every training run: flags of train.py; the tiny defaults, but for the rounds
+COMMON = {  # of every training run: flags of train.py; the tiny model's own but for rounds, eval, threads
     "model": "tiny", "rounds": 10, "queries": 200, "update-size": 32, "clip-range": 3e-3,
     "epochs": 1, "tau0": 18, "skip-last": 13, "threshold": 0.5, "eval-images": 1, "threads": 1,
 }  # fmt: skip
@@ -38,8 +38,8 @@ EVAL = {  # of every evaluation: flags of eval.py; template 1 has 45 and 90 prom
 TUNE = {"methods": ("vanilla", "bpt-bs"), "lr": (5e-4, 1e-3, 2e-3), "seeds": (100,),
         "settings": {"eval-images": 2}}  # fmt: skip
 METHODS = {"vanilla": ["--no-bpt", "--no-bs"], "bpt": ["--no-bs"], "bs": ["--no-bpt"], "bpt-bs": []}
-# One line a comparison. The full matrix is more lines here, e.g. algo "pg", or template 2; a line
-# may have its own "lr" (as LR) and "settings" (more flags of train.py).
+# One line a comparison, the first set first; a line may have its own "lr" (as LR) and "settings"
+# (more flags of train.py).
 MATRIX = (
     {"algo": "ddpo", "reward": "clip", "template": 1,
      "methods": ("vanilla", "bpt", "bs", "bpt-bs")},
@@ -112,16 +112,18 @@ def rows():
                 settings, step = training(line, method, seed, line.get("lr", LR)[method], folder)
                 model = ["--lora", folder, "--no-base"]
                 first[name] = settings, [step, *evaluations(line["template"], folder, model)]
-    for study, settings in STUDIES.items():
-        command = ["eval.py", *of_base(), "--study", study, *flags(settings)]
-        done = f"{study}.json"
-        first[study] = None, [([*command, "--out", f"runs/first/{study}"], done)]
-    for line in MATRIX:  # Fig. 4: the same noise a column, a method a row
+        # Fig. 4: the same noise a column, a method a row
         name = prefix(line, "grid")
         loras = [f"runs/first/{prefix(line, m)}-seed{SEEDS[0]}" for m in line["methods"]]
         command = ["eval.py", "--lora", *loras, "--template", str(line["template"]), "--images",
                    "1", "--out", f"runs/first/{name}"]  # fmt: skip
         first[name] = None, [(command, "scores.json")]
+        if line is not MATRIX[0]:
+            continue
+        for study, settings in STUDIES.items():
+            command = ["eval.py", *of_base(), "--study", study, *flags(settings)]
+            done = f"{study}.json"
+            first[study] = None, [([*command, "--out", f"runs/first/{study}"], done)]
     for method in TUNE["methods"]:
         for lr in TUNE["lr"]:
             for seed in TUNE["seeds"]:
@@ -191,9 +193,9 @@ def evaluated(name, split):
 
 
 def over_seeds(values, digits=4):
-    """Mean and spread (unbiased std) over seeds."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+    """Mean and spread (unbiased std) over seeds; no spread of a single one."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def gain(after, before):
@@ -241,7 +243,9 @@ def comparison(line):
     out += ["", "± is the spread (standard deviation) over seeds. Below: gains over the base model "
             "and of one method over another on the same noise, mean ± standard error, which adds "
             "the paired error over pictures and the spread over seeds / sqrt(seeds); in brackets "
-            "the paired error alone.", "",
+            "the paired error alone. The inception score is no mean over pictures: both models' "
+            "jackknife errors are added, though their noise is the same, so that ± errs upwards; "
+            "in brackets the spread over seeds alone.", "",
             "| gain | CLIPScore, train | CLIPScore, unseen | recognised, train | recognised, "
             "unseen | inception score, train |", "|---|---|---|---|---|---|"]  # fmt: skip
     pairs = [(m, "base") for m in line["methods"]]
@@ -260,10 +264,11 @@ def comparison(line):
                 mean, error, (da, db) = gain(*lists)
                 total = (error**2 + da**2 / len(a) + db**2 / len(b)) ** 0.5
                 row.append(f"{mean:+.4f} ± {total:.4f} ({error:.4f})")
-        scores = [[value(seed["train"]["inception score"]) for seed in seeds] for seeds in (a, b)]
-        var = sum(statistics.variance(v) / len(v) for v in scores if len(v) > 1)
-        mean = statistics.mean(scores[0]) - statistics.mean(scores[1])
-        row.append(f"{mean:+.4f} ± {var**0.5:.4f} (seeds only)")
+        scores = [[seed["train"]["inception score"] for seed in seeds] for seeds in (a, b)]
+        means, errors = zip(*([statistics.mean(column) for column in zip(*s)] for s in scores))
+        var = sum(statistics.variance([v[0] for v in s]) / len(s) for s in scores if len(s) > 1)
+        total = (var + sum(error**2 for error in errors)) ** 0.5
+        row.append(f"{means[0] - means[1]:+.4f} ± {total:.4f} ({var**0.5:.4f})")
         label = "base" if against == "base" else prefix(line, against)
         out.append(f"| {prefix(line, method)} over {label} | " + " | ".join(row) + " |")
     out += ["", "Each seed over the base model, mean ± paired standard error over pictures:", "",

@@ -68,6 +68,7 @@ def light(monkeypatch):
     (["--algo", "dpo", "--micro-batch", 1], ["--micro-batch 2"]),
     (["--skip-last", 14], ["--skip-last 14", "--tau0 14"]),
     (["--skip-last", 20, "--no-bpt"], ["--skip-last 20"]),
+    (["--skip-last", 6, "--interval", "forward"], ["--interval forward", "T - tau0"]),
     (["--image-size", 0], ["--image-size"]),
     (["--image-size", -64], ["--image-size"]),
     (["--preset", "12gb"], ["--preset", "16gb"]),
