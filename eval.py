@@ -619,8 +619,8 @@ def run(args):
     runs.write_json(folder / "scores.json", {"settings": vars(args), "results": results})
     if args.prompt:  # for each prompt a row a model, a column a noise
         grid = [row[:, p] for p in range(len(prompts)) for row in rows]
-    else:  # a row a model, a column a prompt and its noise
-        grid = [row[0, :9] for row in rows]
+    else:  # a row a model, a column a prompt and its noise, from all over the list
+        grid = [row[0, :: max(1, len(prompts) // 9)][:9] for row in rows]
     runs.save_grid(folder / "grid.png", torch.cat(grid), len(grid[0]))
     order = "for each prompt " if len(prompts) > 1 and args.prompt else ""
     print(f"Pictures, {order}a row a model in this order, the same noise a column: "
