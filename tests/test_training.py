@@ -205,6 +205,27 @@ def test_ratio_before_the_first_update(random_folder, interval, precision):
     assert sums["ratio"] == pytest.approx(sums["items"], rel=1e-6) and sums["clipped"] == 0
 
 
+@pytest.mark.parametrize("by", [0.5, -0.25])
+def test_the_largest_log_ratio_has_no_sign(model, by):
+    args = settings("--no-bs", "--queries", 3)
+    data = sample(model, args)
+    data.log_p_old[1, 0, 2] += by
+    _, sums = update_gradient(model, data, torch.ones(3, 1), select_all(data.scores), (4, 0), args)
+    assert sums["max_log_ratio"] == pytest.approx(abs(by), rel=1e-3)
+
+
+def test_pictures_are_the_pipelines(model):
+    """Latents are divided by the VAE's scale, pictures moved from [-1, 1] to [0, 1] and cut off."""
+    latents = 3 * torch.randn(5, *model.latent_shape, generator=torch.Generator().manual_seed(4))
+    vae = model.pipe.vae
+    vae.register_to_config(scaling_factor=0.5)
+    with torch.no_grad():
+        expected = model.pipe.image_processor.postprocess(
+            vae.decode(latents / 0.5).sample, output_type="pt")  # fmt: skip
+    torch.testing.assert_close(model.decode(latents, 2), expected, atol=1e-5, rtol=0)
+    assert expected.std() > 0.01
+
+
 # ---------------------------------------------------------------- Eq. 6 by a plain loop
 
 
