@@ -135,6 +135,7 @@ def test_other_families_are_refused_by_name(capsys, tmp_path, family):
     ("missing.safetensors", ["no checkpoint at missing.safetensors"]),
     ("model.ckpt", ["model.ckpt is a pickle", ".safetensors"]),
 ])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks")  # diffusers to huggingface_hub
 def test_models_that_are_not_there(capsys, tmp_path, model, parts):
     """The hub can not be reached in this test; the line says how to run without it."""
     refused(capsys, ["--model", model, "--device", "cpu", "--out", tmp_path / "run"], *parts)
