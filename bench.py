@@ -5,7 +5,7 @@
     python bench.py --peer OLD_VENV/bin/python         # (e)
 
     (a) overhead  sample_round and train_round against bare UNet, VAE and reward calls with LoRA
-                  injected; also on a UNet ten times larger
+                  injected; `larger`: the same on a UNet ten times larger
     (b) phases    where a round's time goes
     (c) counts    UNet sample-steps against the least that the method needs
     (d) sweep     time and peak memory against T, tau, K, batch sizes; each in its own process
@@ -50,13 +50,12 @@ else:
     from lora import inject_lora
     from rewards import load_reward
 
-PARTS = ("overhead", "phases", "counts", "sweep", "peer", "memory", "ratio",
-         "variants")
+PARTS = ("overhead", "larger", "phases", "counts", "sweep", "peer", "memory", "ratio", "variants")
 DDPO = ["--no-bpt", "--no-bs"]
 BATCHES = (16, 32, 64, 128, 256)  # UNet batch sizes tried for the bare calls, guidance included
 INTERVAL = "--tau0 14 --skip-last 0".split()  # the paper's, where the tiny model's own does not fit
 # the larger UNet, or it would take hours
-LARGE = "--T 6 --tau0 4 --skip-last 0 --epochs 1 --queries 64".split()
+LARGE = "--T 6 --tau0 4 --skip-last 0 --epochs 1 --queries 64 --micro-batch 32".split()
 SWEEP = {"T": (14, 20, 40), "tau0": (5, 10, 14, 20), "branches": (2, 4, 8),
          "sample_batch": (8, 16, 32, 64, 128), "micro_batch": (2, 8, 16, 32, 64, 128)}  # fmt: skip
 PEER_BATCHES = (8, 16, 32, 64)  # sample and micro batch tried for the best setting of each
@@ -327,7 +326,7 @@ def phases(s, repeats):
                 if len(kept):
                     train.kl_to_base(s.model, data, kept, s.interval, 0, s.args)
             with measured("checkpoint", s.log):
-                runs.save_checkpoint(Path(folder), 1, s.lora, s.optimizer, s.normalise.history)
+                runs.save_checkpoint(Path(folder), 1, s.lora, s.optimizer, s.normalise.history, 0)
             logs.append({k: s.log[k] for k in names} | {"round": time.perf_counter() - clock})
             logs[-1]["rest"] = logs[-1]["round"] - sum(logs[-1][k] for k in names)
     mean = {k: statistics.fmean(log[k] for log in logs[1:]) for k in (*names, "rest", "round")}
@@ -702,7 +701,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--part", nargs="+", choices=PARTS, help="(default: overhead phases counts sweep; only "
+    add("--part", nargs="+", choices=PARTS, help="(default: the first five; only "
         "peer if --peer is given)")  # fmt: skip
     add("--model", default="tiny", help="tiny, a diffusers folder, or random-sd14: Stable "
         "Diffusion 1.4 at full size with random weights (default tiny)")  # fmt: skip
@@ -716,7 +715,7 @@ def main(argv=None):
         with tempfile.TemporaryDirectory() as out:
             folder = random_sd14(Path(out) / "sd14")
             return main([a.replace("random-sd14", folder) for a in argv])
-    parts = args.part or (["peer"] if args.peer else PARTS[:4])
+    parts = args.part or (["peer"] if args.peer else PARTS[:5])
     flags = ["--model", args.model, "--out", "runs/bench", *rest]  # a name that holds no run
     few = ["--queries", "64", *flags]  # in (d) and (e), where full rounds would take too long
     base = train.parse_args(flags)
@@ -732,10 +731,10 @@ def main(argv=None):
 
     if "overhead" in parts:
         show("(a) Overhead", overhead(setup(flags), args.repeats))
-        if model_folder(args.model).is_dir():
-            with tempfile.TemporaryDirectory() as out:
-                large = [*LARGE, *flags, "--model", grown(model_folder(args.model), out)]
-                show("(a) Overhead, " + " ".join(LARGE), overhead(setup(large), args.repeats))
+    if "larger" in parts and model_folder(args.model).is_dir():
+        with tempfile.TemporaryDirectory() as out:
+            large = [*LARGE, *flags, "--model", grown(model_folder(args.model), out)]
+            show("(a) Overhead, " + " ".join(LARGE), overhead(setup(large), args.repeats))
     if "phases" in parts:
         show("(b) Phases of a round", phases(setup(flags), args.repeats))
     if "counts" in parts:

@@ -96,7 +96,7 @@ def compare(before, after, score_name):
 
 def spread(thumbs, owners):
     """Mean std, over pictures of one prompt, of thumbnails (B, 3, 8, 8): falls on a collapse."""
-    groups = [[j for j, o in enumerate(owners) if o == prompt] for prompt in set(owners)]
+    groups = [[j for j, o in enumerate(owners) if o == prompt] for prompt in dict.fromkeys(owners)]
     stds = [thumbs[g].std(0).mean() for g in groups if len(g) > 1]
     return torch.stack(stds).mean().item() if stds else 0.0
 
@@ -112,20 +112,27 @@ def inception_score(features):
     return (log_p.exp() * (log_p - log_q)).sum(1).mean().exp().item()
 
 
-def inception_error(features):
-    """The jackknife standard error of `inception_score` over the n pictures, each left out once.
+def inception_left_out(features):
+    """`inception_score` without each of the n >= 3 pictures in turn: (n,).
 
     With H the entropy, Eq. 9 is exp(H(mean p) - mean H(p)): both means without picture i are one
-    subtraction away. It holds the prompts to be as random as the pictures, so it errs upwards.
+    subtraction away.
     """
     n = len(features)
-    if n < 3:
-        return 0.0
     p = features.double().softmax(1)
     h = -torch.special.xlogy(p, p).sum(1)  # (n,), the entropy of each p(y|x)
     q = ((p.sum(0) - p) / (n - 1)).clamp(min=0)  # (n, d), p(y) without picture i
-    values = (-torch.special.xlogy(q, q).sum(1) - (h.sum() - h) / (n - 1)).exp()
-    return ((n - 1) / n * (values - values.mean()).square().sum()).sqrt().item()
+    return (-torch.special.xlogy(q, q).sum(1) - (h.sum() - h) / (n - 1)).exp()
+
+
+def jackknife_error(left_out):
+    """Standard error of a statistic from its values without each of n pictures (n,).
+
+    The difference of two models' values, picture by picture, gives that of their difference on
+    the same prompts and noise. Prompts count as random as pictures, so it errs upwards.
+    """
+    v = torch.tensor(left_out, dtype=torch.float64)
+    return ((len(v) - 1) / len(v) * (v - v.mean()).square().sum()).sqrt().item()
 
 
 def style_entropy(clip, images, prompts):
@@ -150,6 +157,12 @@ def mean_error(values):
     return v.mean().item(), (v.std() / len(v) ** 0.5).item() if len(v) > 1 else 0.0
 
 
+def wilson(p, n, z=1.96):
+    """The 95 % interval (low, high) of a share p of n; no point even where p is 0 or 1."""
+    middle, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + (z / (2 * n)) ** 2) ** 0.5
+    return tuple(max(0.0, (middle + sign * half) / (1 + z**2 / n)) for sign in (-1, 1))
+
+
 def score_model(model, rewards, clip, judge, prompts, args):
     """Every metric of one model: a row {label: value or (value, error)}, and its pictures."""
     owners = prompts * args.images
@@ -162,7 +175,9 @@ def score_model(model, rewards, clip, judge, prompts, args):
     row = {LABELS.get(name, name): mean_error(scores[name]) for name in rewards}
     if "is" in args.metrics:
         features = clip.model.embed_images(images, normalize=False)
-        row["inception score"] = inception_score(features), inception_error(features)
+        left_out = inception_left_out(features).tolist() if len(features) > 2 else [0.0]
+        row["inception score"] = inception_score(features), jackknife_error(left_out)
+        row["inception score, left out"] = left_out
     if judge:
         row["recognised"] = mean_error(scores["recognised"])
     if model.tiny and judge and clip:
@@ -172,7 +187,8 @@ def score_model(model, rewards, clip, judge, prompts, args):
 
 def print_table(results):
     """A Markdown table, a row a model."""
-    columns = [c for c in next(iter(results.values())) if c not in ("scores", "styles", "n")]
+    hidden = ("scores", "styles", "n", "inception score, left out")
+    columns = [c for c in next(iter(results.values())) if c not in hidden]
     print("| model | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for name, row in results.items():
         cells = [f"{v[0]:.4f} +- {v[1]:.4f}" if isinstance(v, tuple) else f"{v:.4f}"
@@ -281,7 +297,8 @@ def table5(model, rewards, judge, prompts, args):
     for name, share in result["share"].items():
         label = LABELS.get(name, name)
         ax.plot(steps, share, "o-", label=label)
-        cells = [f"{100 * p:.1f}+-{100 * (p * (1 - p) / R) ** 0.5:.1f}" for p in share]
+        cells = ["{:.1f} ({:.1f} to {:.1f})".format(*(100 * v for v in (p, *wilson(p, R))))
+                 for p in share]  # fmt: skip
         print(f"| {label} differs, % | " + " | ".join(cells) + " |")
         within = " | ".join(f"{v:.4f}" for v in result["std_within"][name])
         print(f"| {label}, std within a branch | {within} |")
@@ -422,7 +439,8 @@ def curves(args):
     """Fig. 5, 6, 8: reward of the round's pictures against reward queries, by method; diversity.
 
     Diversity is `spread_within_prompt` over its value in the first round: pictures of a branch
-    are alike, so the values themselves do not compare between methods with and without BS.
+    are alike, so the values themselves do not compare between methods with and without BS. Nor
+    do they quite with BPT: branches are more alike at tau0, in the first round, than later at T.
     """
     groups, result, plt = group_runs(args.runs), {}, pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
@@ -513,6 +531,8 @@ def parse_args(argv):
     add("--eta", type=float, help="weight of DDIM's noise (likewise)")
     add("--guidance", type=float, help="guidance scale (likewise)")
     add("--image-size", type=int, help="pixels a side (likewise)")
+    add("--prediction-type", choices=("epsilon", "v_prediction"), help="what the UNet predicts "
+        "(default: the run's, else as the model's files say)")  # fmt: skip
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--precision", choices=tuple(runs.DTYPES), help="(default fp16 on CUDA, else fp32)")
     add("--batch", type=int, help="pictures at once (default 8, tiny 64)")
@@ -522,7 +542,7 @@ def parse_args(argv):
     configs = [runs.read_json(Path(r) / "config.json") for r in args.lora if Path(r).is_dir()]
     configs = [config for config in configs if config]
     first = configs[0] if configs else {}
-    for name in ("model", "T", "eta", "guidance", "image_size"):
+    for name in ("model", "T", "eta", "guidance", "image_size", "prediction_type"):
         values = sorted({str(config.get(name)) for config in configs})
         if len(values) > 1 and getattr(args, name) is None:
             flag = name.replace("_", "-")
@@ -531,6 +551,7 @@ def parse_args(argv):
         runs.choose_device(args)
     args.model = args.model or first.get("model", "tiny")
     args.image_size, args.checkpointing = args.image_size or first.get("image_size"), False
+    args.prediction_type = args.prediction_type or first.get("prediction_type")
     is_tiny = runs.tiny_folder(args.model) is not None
     for name, _, sd, tiny, _ in SETTINGS:
         if name in ("T", "eta", "guidance") and getattr(args, name) is None:

@@ -70,10 +70,9 @@ class ClipScore:
     @torch.no_grad()
     def embed_text(self, prompts):
         """B prompts -> unit embeddings (B, d) float32 on the CPU."""
-        new = sorted(set(prompts) - self.text.keys())
-        if new:
-            out = self.model.encode_text(self.tokenizer(new).to(self.device), normalize=True)
-            self.text.update(zip(new, out.float().cpu()))
+        for prompt in set(prompts) - self.text.keys():  # one by one: the same bits in any company
+            tokens = self.tokenizer([prompt]).to(self.device)
+            self.text[prompt] = self.model.encode_text(tokens, normalize=True)[0].float().cpu()
         return torch.stack([self.text[p] for p in prompts])
 
     @torch.no_grad()

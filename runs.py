@@ -10,8 +10,10 @@ There is no random state to keep: all noise comes from keyed generators (see `dd
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -43,6 +45,8 @@ def add_flags(add):
     add("--model", help="tiny, a hub id, a diffusers folder or a .safetensors checkpoint")
     add("--precision", choices=tuple(DTYPES), help="of the frozen weights; LoRA, latents and "
         "log p are float32 (default fp16 on CUDA, else fp32)")  # fmt: skip
+    add("--prediction-type", choices=("epsilon", "v_prediction"), help="what the UNet predicts "
+        "(default: as the model's files say; a single file of SD 2.x may need it)")  # fmt: skip
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
     add("--image-size", type=int, help="pixels a side (default: the model's own)")
@@ -74,20 +78,37 @@ class Stop(Exception):
     """The run can not go on; the message says why and what to do."""
 
 
+def stop_if_hopeless(in_a_row):
+    """Raises Stop once so many updates in a row had a NaN or infinite gradient."""
+    if in_a_row >= 5:
+        raise Stop(f"{in_a_row} updates in a row had a NaN or infinite gradient. Lower --lr or "
+                   "--clip-range, or take --precision bf16 or fp32")  # fmt: skip
+
+
 @contextlib.contextmanager
 def resumable(folder):
     """Inside, a stop of any kind ends with the reason and the command that resumes the run."""
-    saved = Path(folder) / "checkpoint.safetensors"
-    again = f"Finished rounds are saved. To go on: python train.py --resume {folder}"
+    here, rank = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("RANK", "0")
+    command = f"torchrun --nproc_per_node {here}" if here else "python"
+    again = f"Finished rounds are saved. To go on: {command} train.py --resume {folder}"
+
+    def end(reason):
+        saved = (Path(folder) / "checkpoint.safetensors").exists()
+        return f"{reason}. {again}" if saved else f"{reason}."
+
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\nStopped. {again if saved.exists() else ''}", file=sys.stderr)
+        if rank == "0":
+            print("\n" + end("Stopped"), file=sys.stderr)
         raise SystemExit(130) from None
     except Stop as problem:
-        die(f"{problem}. {again}" if saved.exists() else problem)
+        die(end(problem))
+    except torch.OutOfMemoryError:
+        die(end("out of GPU memory: lower --micro-batch (the gradient stays the same), "
+                "--sample-batch or --decode-batch, or add --checkpointing --offload"))  # fmt: skip
     except OSError as problem:
-        die(f"cannot write to {folder}: {problem.strerror or problem}. {again}")
+        die(end(f"cannot write to {folder}: {problem.strerror or problem}"))
 
 
 # ---------------------------------------------------------------- prompts
@@ -184,10 +205,18 @@ def tiny_folder(model):
 
 
 def choose_device(args):
-    """Fill in args.device, or refuse one that torch can not see."""
+    """Fill in args.device, or refuse one that torch can not see.
+
+    Of torchrun's processes each takes its own GPU, before anything touches the first one.
+    """
     if args.device is None:
         mps = torch.backends.mps.is_available()
         args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        have = torch.cuda.device_count()
+        if int(os.environ["LOCAL_RANK"]) >= have:
+            die(f"this machine has {have} GPUs: torchrun --nproc_per_node {have} at most")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -218,15 +247,21 @@ def load_pipeline(model, dtype=torch.float32):
         if name.endswith(".safetensors"):
             if not Path(name).is_file():
                 die(f"no checkpoint at {name}")
-            return StableDiffusionPipeline.from_single_file(name, **options)
-        family = DiffusionPipeline.load_config(name)["_class_name"]
-        if family != "StableDiffusionPipeline":
-            die(f"{model} is a {family}; only Stable Diffusion 1.x and 2.x are supported")
-        return StableDiffusionPipeline.from_pretrained(name, **options)
+            pipe = StableDiffusionPipeline.from_single_file(name, **options)
+        else:
+            family = DiffusionPipeline.load_config(name)["_class_name"]
+            if family != "StableDiffusionPipeline":
+                die(f"{model} is a {family}; only Stable Diffusion 1.x and 2.x are supported")
+            pipe = StableDiffusionPipeline.from_pretrained(name, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as problem:  # hub errors are OSErrors
         first = (str(problem).strip() or repr(problem)).splitlines()[0][:200]
         die(f"cannot load {model}: {first}. Is the name or folder right and the hub reachable? "
             "The bundled model needs neither: --model tiny")  # fmt: skip
+    unet = pipe.unet.config
+    if unet.addition_embed_type or unet.in_channels != unet.out_channels:
+        die(f"{model} is an SDXL, inpainting or other model; only Stable Diffusion 1.x and 2.x "
+            "that draw from text alone are supported")  # fmt: skip
+    return pipe
 
 
 def load_model(args, device):
@@ -237,11 +272,12 @@ def load_model(args, device):
     from ddim_logprob import make_schedule
 
     pipe = load_pipeline(args.model, DTYPES[args.precision])
+    told = {"prediction_type": args.prediction_type} if args.prediction_type else {}
     # steps_offset 1 keeps sigma above 0 at the last step (trap 3); from_config alone would take
     # over whatever the old scheduler left out, clip_sample=True among it.
     pipe.scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config, clip_sample=False, thresholding=False, set_alpha_to_one=False,
-        steps_offset=1, timestep_spacing="leading")  # fmt: skip
+        steps_offset=1, timestep_spacing="leading", **told)  # fmt: skip
     try:
         schedule = make_schedule(pipe.scheduler, args.T, args.eta)
     except ValueError as problem:
@@ -329,9 +365,9 @@ def first_line(args, world):
     return f"Training {name} on {args.device} ({args.precision}{processes}); {other} for the other."
 
 
-def holds_run(folder):
-    """`folder` if a run is in it, else None."""
-    return folder if (Path(folder) / "config.json").exists() else None
+def holds_run(args):
+    """args.out if a run is in it and it is not to be resumed, else None."""
+    return None if args.resume or not (Path(args.out) / "config.json").exists() else args.out
 
 
 def open_folder(args, first, rank):
@@ -357,8 +393,11 @@ def read_config(folder):
         die(f"{folder} holds no run: there is no config.json of a run in it")
 
 
-def resumed_settings(args, parser):
-    """The settings of the run that args.resume names, but for the flags of `WITH_RESUME`."""
+def resumed_settings(args, parser, check):
+    """The settings of the run that args.resume names, but for the flags of `WITH_RESUME`.
+
+    `check` refuses what cannot work, among these flags and in a config.json that was edited.
+    """
     given = [k for k, v in vars(args).items() if v != parser.get_default(k)]
     if other := [f"--{k.replace('_', '-')}" for k in given if k not in WITH_RESUME]:
         die(f"--resume takes all settings from the run: leave out {', '.join(other)}")
@@ -366,34 +405,63 @@ def resumed_settings(args, parser):
     before = {"skip_last": 0}  # what a run of an earlier version did not write down
     args.__dict__.update(before | read_config(args.resume) | kept)
     choose_device(args)
-    return args
+    try:
+        return check(args)
+    except TypeError:
+        die(f"{args.resume}/config.json is damaged: a setting is missing or not a number")
 
 
-def save_checkpoint(folder, done, lora, optimizer, history):
+def fingerprint(folder):
+    """Of the settings and the prompt file that a checkpoint belongs to; "" outside of a run.
+
+    Where the run lies and what `WITH_RESUME` may change do not count.
+    """
+    if not (Path(folder) / "config.json").exists():
+        return ""
+    config = read_config(folder)
+    config = {k: v for k, v in config.items() if v and k not in (*WITH_RESUME, "out", "device")}
+    prompts = Path(config.pop("prompts", ""))  # ".", no file, for the paper's own
+    text = prompts.read_text(encoding="utf-8") if prompts.is_file() else ""
+    return hashlib.sha256(json.dumps([sorted(config.items()), text]).encode()).hexdigest()
+
+
+def save_checkpoint(folder, done, lora, optimizer, history, in_a_row):
     """After `done` rounds: everything that a bit-exact resume needs, in one file and one rename,
-    so that weights and round can not disagree (trap 8: a wrong round is a wrong tau)."""
+    so that weights and round can not disagree (trap 8: a wrong round is a wrong tau).
+
+    in_a_row: how many updates were skipped in a row up to here.
+    """
     tensors = {name: value.detach().cpu() for name, value in lora.items()}
     for name, parameter in lora.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}:{name}"] = value.detach().cpu()
-    header = {"rounds_done": str(done), "history": json.dumps(history)}
+    header = {"rounds_done": str(done), "history": json.dumps(history),
+              "skipped_in_a_row": str(in_a_row), "settings": fingerprint(folder)}  # fmt: skip
     write_safetensors(folder / "checkpoint.safetensors", tensors, header)
 
 
 def load_checkpoint(folder, lora, optimizer):
-    """Restore weights and optimizer in place; returns rounds done and reward history, or 0, {}."""
+    """Restore weights and optimizer in place.
+
+    Returns rounds done, reward history and skipped updates in a row; 0, {}, 0 if there is none.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = Path(folder) / "checkpoint.safetensors"
     if not path.exists():
         print(f"{folder} has no checkpoint yet: starting from its first round")
-        return 0, {}
+        return 0, {}, 0
     try:
         with safe_open(path, "pt") as file:
             meta, saved = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
         done, history = int(meta["rounds_done"]), json.loads(meta["history"])
+        if meta.get("settings", now := fingerprint(folder)) != now:  # older ones do not say
+            die(f"{path} belongs to other settings or prompts than {folder}/config.json and its "
+                "prompt file: put those back, or start anew with another --out")  # fmt: skip
         with torch.no_grad():
             for name, parameter in lora.items():
+                if saved[name].shape != parameter.shape:
+                    raise ValueError(f"{name} is {tuple(saved[name].shape)}")
                 parameter.copy_(saved[name])
                 state = {k.split(":")[0]: v for k, v in saved.items() if k.endswith(":" + name)}
                 if state:  # "step" stays on the CPU, as AdamW makes it
@@ -403,7 +471,7 @@ def load_checkpoint(folder, lora, optimizer):
                     }
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as problem:
         die(f"{path} is damaged or of another model ({type(problem).__name__}: {problem})")
-    return done, history
+    return done, history, int(meta.get("skipped_in_a_row", 0))
 
 
 def keep_metrics(folder, rounds):
@@ -415,8 +483,10 @@ def keep_metrics(folder, rounds):
 
 
 def append_metrics(folder, line):
+    """A line of strict JSON: what is NaN or infinite becomes null."""
+    bad = [k for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)]
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps(line | dict.fromkeys(bad)) + "\n")
 
 
 def has_tensorboard():
@@ -459,7 +529,7 @@ in {rounds} rounds, seed {seed}; every setting is in `config.json`, a line a rou
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 pipe = StableDiffusionPipeline.{load}("{base}")
 pipe.scheduler = DDIMScheduler.from_config(
-    pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1{kind})
 pipe.load_lora_weights("THIS REPOSITORY OR FOLDER")  # pipe.fuse_lora() makes it part of the model
 pipe({prompt!r}, num_inference_steps={T}, guidance_scale={guidance}, eta={eta}{size}).images[0]
 ```
@@ -492,6 +562,7 @@ def write_card(folder, args, summary, prompts):
         base=args.model, method=method_name(args),
         base_model="" if local else f"base_model: {args.model}\n",
         load="from_single_file" if args.model.endswith(".safetensors") else "from_pretrained",
+        kind=f', prediction_type="{args.prediction_type}"' if args.prediction_type else "",
         size=f", height={args.image_size}, width={args.image_size}" if args.image_size else "",
         queries=args.rounds * (args.queries // args.branches * args.branches),
         prompt=prompts[0], table="\n".join(rows), prompts="\n".join(f"- {p}" for p in prompts)))  # fmt: skip
@@ -560,7 +631,20 @@ def all_totals(sums, device):
     return dict(zip(names, added)) | biggest
 
 
-def sum_gradients(parameters, device):
+def loss_scale(model, args):
+    """What an fp16 UNet's loss is multiplied by, and its gradient divided by; else 1.
+
+    A mean over D, an update's trajectories and steps has gradients of about 1e-7 an element;
+    below 6e-8 fp16 knows 0 alone. Powers of two: nothing else changes. DPO's loss is larger by
+    about beta * D. A gradient that overflows is skipped and counted.
+    """
+    fp16 = model.unet.dtype == torch.float16
+    return (2.0**6 if args.algo == "dpo" else 2.0**16) if fp16 else 1.0
+
+
+def sum_gradients(parameters, device, scale=1.0):
     """Add up the gradients of all processes; one that trained nothing adds zeros."""
     for p in parameters if dist.is_initialized() else ():
         p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad, device)
+    for p in parameters if scale != 1 else ():
+        p.grad /= scale

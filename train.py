@@ -95,10 +95,7 @@ def parse_args(argv):
             help=f"{text} (default SD {sd}, tiny {tiny})")  # fmt: skip
     args = parser.parse_args(argv)
     if args.resume:
-        resumed = runs.resumed_settings(args, parser)
-        if problem := check_reward_name(resumed.reward):
-            runs.die(problem)
-        return resumed
+        return runs.resumed_settings(args, parser, check)
     return check(fill_in(args))
 
 
@@ -139,7 +136,7 @@ def check(args):
         (0 <= args.beta1 < 1 and 0 <= args.beta2 < 1, "--beta1 and --beta2 must be from 0 to 1"),
         *((getattr(args, n) is None or getattr(args, n) >= 1, f"--{n.replace('_', '-')} must be 1 "
            "or more") for n in ("threads", "image_size")),
-        (not (out := runs.holds_run(args.out)), f"{out} already holds a run: --resume {out}?"),
+        (not (out := runs.holds_run(args)), f"{out} already holds a run: --resume {out}?"),
         (args.algo != "dpo" or args.micro_batch >= 2, "dpo needs --micro-batch 2 or more"),
         *((getattr(args, n) > 0, f"--{n.replace('_', '-')} must be above 0") for n in (
             "lr", "clip_range", "adam_eps", "max_grad_norm", "adv_clip")),
@@ -178,13 +175,14 @@ def sample_round(model, reward, prompts, i, interval, args, rank, world):
     P = args.queries // K
     draw = keyed_generator(args.seed, i, "prompts")
     drawn = [prompts[j] for j in torch.randint(len(prompts), (P,), generator=draw).tolist()]
-    mine = torch.arange(P)[rank::world]
-    uncond, common = model.embed([""]), (args.guidance,)
+    together = args.algo == "dpo" and args.no_bs  # DPO's pairs are then roots of the same prompt
+    share = torch.tensor([prompts.index(drawn[p]) if together else p for p in range(P)])
+    mine = (share % world == rank).nonzero().flatten()
 
     def path(roots, x, start, stop, keys, keep=False):
-        cond = model.embed([drawn[p] for p in roots])
+        cond, uncond = model.embed([drawn[p] for p in roots]), model.embed([""])
         generators = [keyed_generator(args.seed, i, *key) for key in keys]
-        return denoise(model.unet, model.schedule, x, start, stop, cond, uncond, *common,
+        return denoise(model.unet, model.schedule, x, start, stop, cond, uncond, args.guidance,
                        generators, keep)  # fmt: skip
 
     states, log_ps, finals = [], [], []
@@ -222,8 +220,7 @@ def sample_round(model, reward, prompts, i, interval, args, rank, world):
     scores = runs.all_sum(scores, model.device)
     diversity = spread(torch.cat(thumbs), owners) if thumbs else 0.0
     seconds = {"sampling": sampled - clock, "reward": time.perf_counter() - sampled}
-    states = torch.cat(states) if states else torch.zeros(0)
-    log_ps = torch.cat(log_ps) if log_ps else torch.zeros(0)
+    states, log_ps = (torch.cat(v) if v else torch.zeros(0) for v in (states, log_ps))
     return Round(drawn, mine, states, log_ps, scores, diversity, seconds)
 
 
@@ -282,30 +279,33 @@ def update_gradient(model, data, r_hat, update, interval, args):
             loss, h = dpo_loss(pick(log_p, best), pick(log_p, 1 - best), pick(log_ref, best),
                                pick(log_ref, 1 - best), args.dpo_beta * D)  # fmt: skip
             loss = loss.repeat_interleave(2)  # a pair counts as its two trajectories
-        (loss.sum() / (len(update) * tau)).backward()
+        (runs.loss_scale(model, args) * loss.sum() / (len(update) * tau)).backward()
 
         log_ratio = (log_p - log_p_old).detach()
         sums["items"] += len(log_ratio)
         sums["clipped"] += (log_ratio.exp() - 1).abs().gt(args.clip_range).sum().item()
         sums["ratio"] += log_ratio.exp().sum().item()
-        sums["max_log_ratio"] = max(sums["max_log_ratio"], log_ratio.abs().max().item())
+        sums["max_log_ratio"] = log_ratio.abs().max().clamp(min=sums["max_log_ratio"]).item()
         sums["h"] += 2 * h.detach().abs().sum().item()
         sums["loss"] += loss.detach().sum().item() / (len(update) * tau)
     return sums
 
 
-def train_round(model, data, r_hat, kept, interval, optimizer, i, args):
-    """Algorithm 1, training: epochs over the kept trajectories, an AdamW step for each update."""
+def train_round(model, data, r_hat, kept, interval, optimizer, i, args, in_a_row=0):
+    """Algorithm 1, training: epochs over the kept trajectories, an AdamW step for each update.
+
+    in_a_row: how many updates, right before this round, were skipped. Returns the metrics.
+    """
     clock, parameters = time.perf_counter(), optimizer.param_groups[0]["params"]
     log = {"updates": 0, "skipped_updates": 0, "trajectories_per_update": []}
-    totals, norms, in_a_row = None, [], 0
+    totals, norms = None, []
     for epoch in range(args.epochs):
         shuffle = keyed_generator(args.seed, i, "shuffle", epoch)
         for update in split_updates(kept, args.update_size, shuffle):
             optimizer.zero_grad(set_to_none=True)
             sums = update_gradient(model, data, r_hat, update, interval, args)
             sums = runs.all_totals(sums, model.device)
-            runs.sum_gradients(parameters, model.device)
+            runs.sum_gradients(parameters, model.device, runs.loss_scale(model, args))
             if totals is None:  # before the first update every ratio must be 1 (trap 2)
                 log["first_max_log_ratio"] = sums["max_log_ratio"]
                 log["first_ratio"] = sums["ratio"] / max(1, sums["items"])
@@ -317,11 +317,10 @@ def train_round(model, data, r_hat, kept, interval, optimizer, i, args):
                 log["updates"], in_a_row = log["updates"] + 1, 0
             else:  # NaN or infinite: the weights stay as they are
                 log["skipped_updates"], in_a_row = log["skipped_updates"] + 1, in_a_row + 1
-                if in_a_row == 5:
-                    raise runs.Stop("5 updates in a row had a NaN or infinite gradient. Lower --lr "
-                                    "or --clip-range, or take --precision bf16 or fp32")
+                runs.stop_if_hopeless(in_a_row)
             norms.append(norm.item())
             log["trajectories_per_update"].append(len(update))
+    log["skipped_in_a_row"] = in_a_row
     if totals:
         log["clip_fraction"] = totals["clipped"] / max(1, totals["items"])
         log["mean_abs_h"] = totals["h"] / max(1, totals["items"])
@@ -371,9 +370,9 @@ def algorithm_1(args):
     optimizer = torch.optim.AdamW(
         lora.values(), lr=args.lr, betas=(args.beta1, args.beta2), eps=args.adam_eps,
         weight_decay=args.weight_decay)  # fmt: skip
-    normalise, first = RewardNormaliser(args.window), 0
+    normalise, first, bad = RewardNormaliser(args.window), 0, 0
     if args.resume:
-        first, normalise.history = runs.load_checkpoint(args.resume, lora, optimizer)
+        first, normalise.history, bad = runs.load_checkpoint(args.resume, lora, optimizer)
     folder = runs.open_folder(args, first, rank)
     tensorboard = runs.open_tensorboard(args, folder, first, rank)
     lists = {"train": train_prompts, **({"unseen": unseen_prompts} if unseen_prompts else {})}
@@ -414,7 +413,8 @@ def algorithm_1(args):
             bar.write(f"round {i + 1}: no branch passed --threshold {args.threshold}: no update")
         # Eq. 6
         with runs.offloaded(model, reward, args):
-            log = train_round(model, data, r_hat, kept, interval, optimizer, i, args)
+            log = train_round(model, data, r_hat, kept, interval, optimizer, i, args, bad)
+            bad = log["skipped_in_a_row"]
             kl = kl_to_base(model, data, kept, interval, i, args) if len(kept) else 0.0
 
         line = {
@@ -427,7 +427,7 @@ def algorithm_1(args):
         if rank == 0:
             runs.append_metrics(folder, line)
             tensorboard(line)
-            runs.save_checkpoint(folder, i + 1, lora, optimizer, normalise.history)
+            runs.save_checkpoint(folder, i + 1, lora, optimizer, normalise.history, bad)
         if (i + 1) % args.grid_every == 0 and i + 1 < args.rounds:
             _, images = evaluate(model, reward, train_prompts[:18], 1, args, None, rank, world)
             runs.save_grid(folder / f"grids/round{i + 1:04d}-train.png", images, 9, rank)

@@ -30,20 +30,28 @@ COMMON = {  # of every training run: flags of train.py; the tiny model's own but
 BRANCHES = 4  # of the methods with BS; queries is a multiple, so every row has as many queries
 # Chosen by the grid below: the largest CLIPScore gain on the training list, which ddpo and bpt-bs
 # have of their own; bpt updates on every sample as ddpo does, bs on pairs as bpt-bs does.
-LR = {"vanilla": 1e-3, "bpt": 1e-3, "bs": 1e-3, "bpt-bs": 1e-3}
+LR = {"vanilla": 1e-3, "bpt": 1e-3, "bs": 1e-3, "bpt-bs": 1e-3, "bpt-bs-3epochs": 1e-3,
+      "forward-bs": 1e-3}  # fmt: skip
 SEEDS = (0, 1, 2)
 EVAL = {  # of every evaluation: flags of eval.py; template 1 has 45 and 90 prompts
     "train": {"images": 8, "metrics": "clip,is"}, "unseen": {"images": 4, "metrics": "clip,is"},
 }  # fmt: skip
 TUNE = {"methods": ("vanilla", "bpt-bs"), "lr": (5e-4, 1e-3, 2e-3), "seeds": (100,),
         "settings": {"eval-images": 2}}  # fmt: skip
-METHODS = {"vanilla": ["--no-bpt", "--no-bs"], "bpt": ["--no-bs"], "bs": ["--no-bpt"], "bpt-bs": []}
+METHODS = {"vanilla": ["--no-bpt", "--no-bs"], "bpt": ["--no-bs"], "bs": ["--no-bpt"], "bpt-bs": [],
+           "bpt-bs-3epochs": [], "forward-bs": ["--interval", "forward"]}  # fmt: skip
+OF_METHOD = {  # settings that belong to a method
+    "bpt-bs-3epochs": {"epochs": 3},  # Eq. 5 keeps a third: as many updates as DDPO
+    "forward-bs": {"tau0": 3, "skip-last": 0},  # the interval grows from the noise: 20..18 first
+}
 # One line a comparison, the first set first; a line may have its own "lr" (as LR) and "settings"
-# (more flags of train.py).
+# (more flags of train.py), and then has a "name", which starts those of its rows.
 MATRIX = (
     {"algo": "ddpo", "reward": "clip", "template": 1,
-     "methods": ("vanilla", "bpt", "bs", "bpt-bs")},
-    # not run yet: Fig. 4 and 5, Tables 1 and 3 on the other templates; Fig. 8, Table 2
+     # the last two were added after the first four had been run: as many updates as DDPO; the
+     # ablation that TempFlow-GRPO suggests
+     "methods": ("vanilla", "bpt", "bs", "bpt-bs", "bpt-bs-3epochs", "forward-bs")},
+    # Fig. 4 and 5, Tables 1 and 3 on the other templates; Fig. 8, Table 2
     {"algo": "ddpo", "reward": "clip", "template": 2, "methods": ("vanilla", "bpt-bs")},
     {"algo": "ddpo", "reward": "clip", "template": 3, "methods": ("vanilla", "bpt-bs")},
     {"algo": "pg", "reward": "clip", "template": 1, "methods": ("vanilla", "bpt-bs")},
@@ -69,7 +77,8 @@ def flags(settings):
 
 def prefix(line, method):
     """ddpo, ddpo-bpt, ..., pg, jpeg-ddpo, t2-ddpo: all but the seed of a row's name."""
-    parts = [] if line["template"] == 1 else [f"t{line['template']}"]
+    parts = [line["name"]] if "name" in line else []
+    parts += [] if line["template"] == 1 else [f"t{line['template']}"]
     parts += [] if line["reward"] == "clip" else [line["reward"].replace(".py:", "-")]
     return "-".join([*parts, line["algo"], *([] if method == "vanilla" else [method])])
 
@@ -78,7 +87,7 @@ def training(line, method, seed, lr, folder):
     """A training run: its settings as train.py's config.json has them, and its step."""
     settings = COMMON | {k: line[k] for k in ("algo", "reward", "template")}
     settings |= {"branches": BRANCHES, "lr": lr, "seed": seed, "out": folder}
-    settings |= line.get("settings", {})
+    settings |= OF_METHOD.get(method, {}) | line.get("settings", {})
     if "bs" not in method:
         del settings["branches"]
     return settings, (["train.py", *flags(settings), *METHODS[method]], "summary.json")
@@ -101,9 +110,15 @@ def of_base():
 def rows():
     """{set: {row: (settings or None, [(command, file that shows it is done)])}}, in order."""
     first, tune = {}, {}
+
+    def add(name, settings, steps):
+        if name in first:
+            raise SystemExit(f"error: two rows are called {name}: give a line of MATRIX a \"name\"")
+        first[name] = settings, steps
+
     for template in dict.fromkeys(line["template"] for line in MATRIX):
         name = f"base-t{template}"
-        first[name] = None, evaluations(template, f"runs/first/{name}", of_base())
+        add(name, None, evaluations(template, f"runs/first/{name}", of_base()))
     for line in MATRIX:
         for seed in SEEDS:  # seed by seed: a set cut short still compares all methods
             for method in line["methods"]:
@@ -111,19 +126,22 @@ def rows():
                 folder = f"runs/first/{name}"
                 settings, step = training(line, method, seed, line.get("lr", LR)[method], folder)
                 model = ["--lora", folder, "--no-base"]
-                first[name] = settings, [step, *evaluations(line["template"], folder, model)]
+                add(name, settings, [step, *evaluations(line["template"], folder, model)])
         # Fig. 4: the same noise a column, a method a row
         name = prefix(line, "grid")
         loras = [f"runs/first/{prefix(line, m)}-seed{SEEDS[0]}" for m in line["methods"]]
         command = ["eval.py", "--lora", *loras, "--template", str(line["template"]), "--images",
                    "1", "--out", f"runs/first/{name}"]  # fmt: skip
-        first[name] = None, [(command, "scores.json")]
+        add(name, None, [(command, "scores.json")])
         if line is not MATRIX[0]:
             continue
+        name += "-unseen"  # Fig. 9
+        command = [*command[:-1], f"runs/first/{name}", "--split", "unseen"]
+        add(name, None, [(command, "scores.json")])
         for study, settings in STUDIES.items():
             command = ["eval.py", *of_base(), "--study", study, *flags(settings)]
             done = f"{study}.json"
-            first[study] = None, [([*command, "--out", f"runs/first/{study}"], done)]
+            add(study, None, [([*command, "--out", f"runs/first/{study}"], done)])
     for method in TUNE["methods"]:
         for lr in TUNE["lr"]:
             for seed in TUNE["seeds"]:
@@ -213,6 +231,34 @@ def gain(after, before):
     return mean, error, deviations
 
 
+def inception_gain(a, b):
+    """Evaluations of each seed of two methods -> the mean gain in inception score on the training
+    list, its standard error as in `gain` with the seeds' spread, and the paired part alone.
+    """
+    from eval import jackknife_error
+
+    scores = [[seed["train"]["inception score"][0] for seed in seeds] for seeds in (a, b)]
+    left_out = [[seed["train"]["inception score, left out"] for seed in seeds] for seeds in (a, b)]
+    mine, other = ([statistics.mean(values) for values in zip(*lists)] for lists in left_out)
+    error = jackknife_error([x - y for x, y in zip(mine, other, strict=True)])
+    var = sum(statistics.variance(s) / len(s) for s in scores if len(s) > 1)
+    mean = statistics.mean(scores[0]) - statistics.mean(scores[1])
+    return mean, (error**2 + var) ** 0.5, error
+
+
+def paper_gain(line, method, against):
+    """The paper's own difference in CLIPScore (Table 3), inception score (Tables 1, 2), or None."""
+    if line["reward"] != "clip":
+        return None, None
+    if line["algo"] == "ddpo" and method in PAPER and against in PAPER:
+        at = line["template"] - 1
+        return [PAPER[method][k][at] - PAPER[against][k][at] for k in ("unseen", "is")]
+    if line["algo"] in PAPER_TABLE2 and line["template"] == 1 and against == "vanilla":
+        without, with_ours = PAPER_TABLE2[line["algo"]]
+        return None, with_ours - without
+    return None, None
+
+
 def comparison(line):
     """The tables of one line of MATRIX, Markdown lines; only the seeds that are done."""
     base = {s: evaluated(f"base-t{line['template']}", s) for s in ("train", "unseen")}
@@ -243,11 +289,11 @@ def comparison(line):
     out += ["", "± is the spread (standard deviation) over seeds. Below: gains over the base model "
             "and of one method over another on the same noise, mean ± standard error, which adds "
             "the paired error over pictures and the spread over seeds / sqrt(seeds); in brackets "
-            "the paired error alone. The inception score is no mean over pictures: both models' "
-            "jackknife errors are added, though their noise is the same, so that ± errs upwards; "
-            "in brackets the spread over seeds alone.", "",
-            "| gain | CLIPScore, train | CLIPScore, unseen | recognised, train | recognised, "
-            "unseen | inception score, train |", "|---|---|---|---|---|---|"]  # fmt: skip
+            "the paired error alone (of the inception score by the jackknife, the same picture "
+            "left out of both). A single seed has no spread to add.", "",
+            "| gain | seeds | CLIPScore, train | CLIPScore, unseen | recognised, train | "
+            "recognised, unseen | inception score, train | paper: CLIPScore, unseen | paper: "
+            "inception score |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     pairs = [(m, "base") for m in line["methods"]]
     pairs += [(m, "vanilla") for m in line["methods"] if m != "vanilla"]
     for method, against in pairs:
@@ -264,13 +310,10 @@ def comparison(line):
                 mean, error, (da, db) = gain(*lists)
                 total = (error**2 + da**2 / len(a) + db**2 / len(b)) ** 0.5
                 row.append(f"{mean:+.4f} ± {total:.4f} ({error:.4f})")
-        scores = [[seed["train"]["inception score"] for seed in seeds] for seeds in (a, b)]
-        means, errors = zip(*([statistics.mean(column) for column in zip(*s)] for s in scores))
-        var = sum(statistics.variance([v[0] for v in s]) / len(s) for s in scores if len(s) > 1)
-        total = (var + sum(error**2 for error in errors)) ** 0.5
-        row.append(f"{means[0] - means[1]:+.4f} ± {total:.4f} ({var**0.5:.4f})")
+        row.append("{:+.4f} ± {:.4f} ({:.4f})".format(*inception_gain(a, b)))
+        row += [f"{v:+.4f}" if v else "" for v in paper_gain(line, method, against)]
         label = "base" if against == "base" else prefix(line, against)
-        out.append(f"| {prefix(line, method)} over {label} | " + " | ".join(row) + " |")
+        out.append(f"| {prefix(line, method)} over {label} | {len(a)} | " + " | ".join(row) + " |")
     out += ["", "Each seed over the base model, mean ± paired standard error over pictures:", "",
             "| run | CLIPScore, train | CLIPScore, unseen | recognised, train | recognised, unseen |",
             "|---|---|---|---|---|"]  # fmt: skip
@@ -285,9 +328,6 @@ def comparison(line):
                    base[s]["scores"].get(k) else None for s, k in cells]  # fmt: skip
             out.append(f"| {name} | " + " | ".join(
                 f"{v[0]:+.4f} ± {v[1]:.4f}" if v else "" for v in row) + " |")  # fmt: skip
-    if line["algo"] in PAPER_TABLE2 and line["template"] == 1:
-        without, with_ours = PAPER_TABLE2[line["algo"]]
-        out += ["", f"Paper, Table 2, inception score: {without} vanilla, {with_ours} with ours."]
     return out
 
 
@@ -317,7 +357,7 @@ def run_table(group):
 def study_table():
     """Table 5 beside the paper's figures."""
     sys.path.insert(0, str(ROOT))
-    from eval import PAPER_TABLE5
+    from eval import PAPER_TABLE5, wilson
 
     data = read(ROOT / "results/first/table5/table5.json")
     if data is None:
@@ -325,9 +365,12 @@ def study_table():
     out = ["| branching at t | " + " | ".join(map(str, data["steps"])) + " |",
            "|---" * (len(data["steps"]) + 1) + "|"]  # fmt: skip
     for name, share in data["share"].items():
-        out.append(f"| {name}, % | " + " | ".join(f"{100 * p:.1f}" for p in share) + " |")
+        cells = [f"{100 * p:.1f} ({100 * lo:.1f} to {100 * hi:.1f})" for p in share
+                 for lo, hi in [wilson(p, data["roots"])]]  # fmt: skip
+        out.append(f"| {name}, % | " + " | ".join(cells) + " |")
     out.append("| paper, % | " + " | ".join(f"{100 * p:.1f}" for p in PAPER_TABLE5) + " |")
-    return [*out, "", f"{data['roots']} paths, {data['branches']} branches; a score differs above "
+    return [*out, "", "In brackets 95 % intervals (Wilson). "
+            f"{data['roots']} paths, {data['branches']} branches; a score differs above "
             f"{data['differ']:g} standard deviations within the branches at t = T."]  # fmt: skip
 
 

@@ -189,26 +189,46 @@ def test_resume_takes_its_settings_from_the_run(tiny_run, capsys, tmp_path):
     run = tmp_path / "run"
     refused(capsys, ["--resume", run, "--lr", 1e-5], "leave out --lr")
     refused(capsys, ["--resume", run, "--no-bs", "--rounds", 5], "--no-bs", "--rounds")
+    refused(capsys, ["--resume", run, "--micro-batch", 0], "--micro-batch must be 1 or more")
+    config = json.loads((run / "config.json").read_text())
+    for broken in ({**config, "T": "many"}, {k: v for k, v in config.items() if k != "lr"}):
+        (run / "config.json").write_text(json.dumps(broken))
+        refused(capsys, ["--resume", run], run, "damaged")
+    (run / "config.json").write_text(json.dumps({**config, "tau0": 9}))
+    refused(capsys, ["--resume", run], "--tau0 9 is outside 1..T = 2")
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "of another rank", "without its round"])
-def test_damaged_checkpoints(tiny_run, capsys, tmp_path, damage):
+@pytest.mark.parametrize("damage, told", [
+    ("cut", "damaged or of another model"), ("emptied", "damaged or of another model"),
+    ("of other settings", "other settings or prompts"), ("of other prompts", "other settings"),
+    ("of rank 1", "damaged or of another model"), ("without its round", "damaged or of another"),
+])  # fmt: skip
+def test_damaged_checkpoints(tiny_run, capsys, tmp_path, damage, told):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
     argv, _ = tiny_run
     train.main([str(a) for a in argv])
     path = tmp_path / "run/checkpoint.safetensors"
     if damage in ("cut", "emptied"):
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2 if damage == "cut" else 0])
-    elif damage == "of another rank":
+    elif damage == "of other settings":
         config = json.loads((tmp_path / "run/config.json").read_text())
-        (tmp_path / "run/config.json").write_text(json.dumps({**config, "rank": 2}))
+        (tmp_path / "run/config.json").write_text(json.dumps({**config, "lr": 2e-4}))
+    elif damage == "of other prompts":
+        (tmp_path / "my.txt").write_text("a cat\na bird\n")
+    elif damage == "of rank 1":  # which torch would gladly stretch to rank 4
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+        small = {k: v[:1] if k.startswith("unet") and "lora_A" in k else v
+                 for k, v in load_file(path).items()}  # fmt: skip
+        runs.write_safetensors(path, small, header)
     else:
-        from safetensors.torch import load_file
-
         runs.write_safetensors(path, load_file(path), {"history": "{}"})
     metrics = (tmp_path / "run/metrics.jsonl").read_text()
     capsys.readouterr()
-    refused(capsys, ["--resume", tmp_path / "run"], path, "damaged or of another model")
+    refused(capsys, ["--resume", tmp_path / "run"], path, told)
     assert (tmp_path / "run/metrics.jsonl").read_text() == metrics
 
 

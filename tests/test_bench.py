@@ -109,7 +109,7 @@ def test_parts_run(flags, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "BATCHES", (4, 8))
     monkeypatch.setattr(bench, "SWEEP", {"micro_batch": (2,)})
     out = tmp_path / "bench.json"
-    bench.main(["--part", "overhead", "phases", "counts", "sweep", "memory", "--repeats", "2",
+    bench.main(["--part", "overhead", "larger", "phases", "counts", "sweep", "memory", "--repeats", "2",
                 "--json", str(out), *flags, "--queries", "6", "--epochs", "1"])  # fmt: skip
     results, printed = json.loads(out.read_text()), capsys.readouterr().out
     for letter in "abcdm":

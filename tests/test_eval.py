@@ -15,8 +15,8 @@ from ddim_logprob import (
     ddim_mean, denoise, guided_prediction, keyed_generator, make_schedule,
 )  # fmt: skip
 from eval import (
-    compare, curve, differs, evaluate, group_runs, inception_error, inception_score, paired_gain,
-    style_entropy,
+    compare, curve, differs, evaluate, group_runs, inception_left_out, inception_score,
+    jackknife_error, paired_gain, style_entropy,
 )  # fmt: skip
 from lora import inject_lora, lora_state
 from rewards import checked
@@ -72,9 +72,14 @@ def test_inception_error_is_the_jackknife():
     x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
     left_out = [inception_score(x[torch.arange(8) != i]) for i in range(8)]
     expected = math.sqrt(7 / 8 * np.square(left_out - np.mean(left_out)).sum())
-    assert inception_error(x) == pytest.approx(expected, rel=1e-6)
-    assert inception_error(x[:1].repeat(8, 1)) == pytest.approx(0, abs=1e-9)
-    assert 0 < inception_error(1000 * torch.eye(3)[[0, 0, 0, 1, 2]]) < 3  # p(y|x) of exact zeros
+    error = lambda features: jackknife_error(inception_left_out(features).tolist())  # noqa: E731
+    assert inception_left_out(x).tolist() == pytest.approx(left_out, rel=1e-6)
+    assert error(x) == pytest.approx(expected, rel=1e-6)
+    assert error(x[:1].repeat(8, 1)) == pytest.approx(0, abs=1e-9)
+    assert 0 < error(1000 * torch.eye(3)[[0, 0, 0, 1, 2]]) < 3  # p(y|x) of exact zeros
+    mean = torch.tensor([1.0, 4.0, 2.0, 7.0])  # of a mean the jackknife is the usual error
+    assert jackknife_error(((mean.sum() - mean) / 3).tolist()) == pytest.approx(
+        mean.std().item() / 2)  # fmt: skip
 
 
 @pytest.mark.parametrize("styles, expected", [
@@ -280,7 +285,8 @@ def test_main_scores_base_and_lora_on_the_same_noise(no_clip, random_folder, mod
                      ])  # fmt: skip
     data = json.loads((out / "scores.json").read_text())
     base, lora = data["results"]["base"], data["results"][str(run)]
-    assert list(base) == ["CLIPScore", "jpeg", "inception score", "n", "scores"] and base["n"] == 6
+    assert list(base) == ["CLIPScore", "jpeg", "inception score", "inception score, left out",
+                          "n", "scores"] and base["n"] == 6  # fmt: skip
     assert base["CLIPScore"][0] == pytest.approx(np.mean(base["scores"]["clip"]))
     assert base["CLIPScore"][1] == pytest.approx(np.std(base["scores"]["clip"], ddof=1) / 6**0.5)
     assert base["scores"]["jpeg"] == base["scores"]["clip"]  # brightness twice, the same pairs
@@ -441,10 +447,12 @@ def test_every_row_has_flags_that_exist_equal_queries_and_updates(run_all, tmp_p
                 configs.append(vars(args))
                 for flag, value in settings.items():
                     assert getattr(args, flag.replace("-", "_")) == value, (name, flag)
+    own = {k.replace("-", "_") for more in run_all.OF_METHOD.values() for k in more}
+    assert own == {"epochs", "tau0", "skip_last"}
     for c in configs:  # equal queries a run and trajectories an update, whatever the method
         assert c["queries"] % c["branches"] == 0 and c["branches"] == (
             1 if c["no_bs"] else run_all.BRANCHES)  # fmt: skip
-        for what in ("rounds", "queries", "update_size", "clip_range", "epochs"):
+        for what in ("rounds", "queries", "update_size", "clip_range"):
             assert c[what] == configs[0][what], what
     for name, (_, steps) in groups["first"].items():  # the base model is drawn as it was trained
         for (file, *argv), _ in steps:
@@ -455,6 +463,16 @@ def test_every_row_has_flags_that_exist_equal_queries_and_updates(run_all, tmp_p
     methods = {(c["no_bpt"], c["no_bs"], c["seed"]) for c in configs if c["seed"] in run_all.SEEDS}
     assert len(methods) == 4 * len(run_all.SEEDS)
     assert not set(run_all.SEEDS) & set(run_all.TUNE["seeds"])  # tuned apart from what is reported
+
+
+def test_no_row_replaces_another(run_all, monkeypatch):
+    """A line with settings of its own needs a name of its own."""
+    line = run_all.MATRIX[1] | {"settings": {"epochs": 2}}
+    monkeypatch.setattr(run_all, "MATRIX", (*run_all.MATRIX, line))
+    with pytest.raises(SystemExit, match="two rows are called t2-ddpo-seed0"):
+        run_all.rows()
+    monkeypatch.setattr(run_all, "MATRIX", (*run_all.MATRIX[:-1], line | {"name": "twice"}))
+    assert run_all.rows()["first"]["twice-t2-ddpo-seed0"][0]["epochs"] == 2
 
 
 def test_the_pooled_gain_is_numpys(run_all):

@@ -20,7 +20,7 @@ def test_killed_again_and_again(tmp_path, random_folder, request):
     rounds = 30 if kills > 2 else 10
     script, prompts = tmp_path / "worker.py", tmp_path / "prompts.txt"
     script.write_text(WORKER)
-    prompts.write_text("cat\ndog\n")
+    prompts.write_text("cat\ndog\na cat\na dog\na cat and a dog\n")
     flags = ["--model", random_folder, "--device", "cpu", "--prompts", prompts, "--T", 6,
              "--tau0", 4, "--rounds", rounds, "--queries", 12, "--branches", 3, "--lr", 1e-3,
              "--sample-batch", 12, "--micro-batch", 12, "--decode-batch", 12, "--threads", 1,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import load_args, make_pipeline, randomise_lora
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from test_training import PROMPTS, command, gradient, normalised, sample, settings
 
@@ -190,6 +190,10 @@ def test_a_run_of_an_earlier_version_resumes(command, tmp_path):
     later = ("skip_last", "image_size", "preset", "checkpointing", "offload", "tensorboard")
     old = {k: v for k, v in config.items() if k not in later}
     (want / "config.json").write_text(json.dumps(old))
+    with safe_open(want / "checkpoint.safetensors", "pt") as file:
+        header = {k: file.metadata()[k] for k in ("rounds_done", "history")}
+    state = load_file(want / "checkpoint.safetensors")
+    runs.write_safetensors(want / "checkpoint.safetensors", state, header)
     args = train.parse_args(["--resume", str(want), "--checkpointing", "--micro-batch", "2"])
     assert args.skip_last == 0 and args.checkpointing and args.micro_batch == 2
     assert args.image_size is None and args.rounds == 2 and args.offload is False

@@ -62,10 +62,10 @@ def test_a_process_that_dies_ends_the_run(tmp_path, random_folder):
     dies = WORKER.replace("import sys\n", "import os, sys\n").replace(
         "train.main", """
 real = train.train_round
-def fatal(model, data, r_hat, kept, interval, optimizer, i, args):
+def fatal(model, data, r_hat, kept, interval, optimizer, i, *rest):
     if i == 1 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), 9)
-    return real(model, data, r_hat, kept, interval, optimizer, i, args)
+    return real(model, data, r_hat, kept, interval, optimizer, i, *rest)
 train.train_round = fatal
 train.main""")
     out, done = start(tmp_path, random_folder, 2, dies)

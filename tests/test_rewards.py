@@ -61,6 +61,15 @@ def test_clip_score_is_the_cosine_of_the_embeddings_of_eight_bit_pictures(clip_f
     assert (raw.norm(dim=1) - 1).abs().min() > 0.01 and score.to("cpu") is score
 
 
+def test_a_prompts_embedding_is_the_same_bits_in_any_company():
+    """Or a resumed run, which embeds them in another order, would not repeat itself."""
+    score = rewards.load_reward("clip", runs.HERE / "tiny", torch.device("cpu")).model
+    prompts = runs.load_prompts(1)[0][:40]
+    alone = torch.cat([score.embed_text([p]) for p in prompts])
+    score.text.clear()
+    assert torch.equal(score.embed_text(prompts), alone)
+
+
 def test_eight_bit_pictures_are_rounded_not_cut():
     picture = rewards.to_pil(torch.full((1, 3, 2, 2), 0.9999))[0]
     assert picture.getpixel((0, 0)) == (255, 255, 255)
@@ -121,6 +130,23 @@ def test_bert_recall_is_the_mean_over_the_reference_of_the_best_match(deberta_fo
         assert value == pytest.approx(expected, abs=1e-5), answer
     assert got[4].item() == pytest.approx(1.0, abs=1e-5) and got[0] < 0.999
     assert not torch.allclose(BertRecall(deberta_folder, 3)(ANSWERS, REFERENCES), got, atol=1e-3)
+
+
+def test_bert_recall_is_that_of_the_bert_score_package(deberta_folder, monkeypatch):
+    """Where the package is there (pip install bert-score; it is not in requirements.txt)."""
+    package = pytest.importorskip("bert_score", reason="the package bert-score is not installed")
+    from transformers import PreTrainedTokenizerBase
+
+    if not hasattr(PreTrainedTokenizerBase, "build_inputs_with_special_tokens"):
+        # gone in transformers 5; bert-score 0.3.13 calls it for the empty answer
+        monkeypatch.setattr(PreTrainedTokenizerBase, "build_inputs_with_special_tokens",
+                            lambda self, ids: [self.cls_token_id, *ids, self.sep_token_id],
+                            raising=False)  # fmt: skip
+    scorer = package.BERTScorer(model_type=str(deberta_folder), num_layers=2, use_fast_tokenizer=True)
+    _, recall, _ = scorer.score(ANSWERS, REFERENCES)
+    got = BertRecall(deberta_folder, 2)(ANSWERS, REFERENCES)
+    print("max difference", (got - recall).abs().max().item())
+    torch.testing.assert_close(got, recall, atol=1e-5, rtol=0)
 
 
 def test_bert_recall_does_not_depend_on_the_batch(deberta_folder):

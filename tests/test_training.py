@@ -1,6 +1,7 @@
 """The training loop on a random pipeline: ratio 1, Eq. 6 by a plain loop, resume, a short run."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -325,6 +326,23 @@ def test_gradient_does_not_depend_on_the_micro_batch(model, algo):
         assert close(update_gradient(model, data, r_hat, kept, (4, 0), args)[0], want)
 
 
+def test_two_processes_keep_dpo_pairs_whole(model):
+    """Without branches a pair is two roots of one prompt: both belong to the same process."""
+    args = settings("--no-bs", "--queries", 14, "--algo", "dpo", "--micro-batch", 2)
+    data = sample(model, args, (6, 0))
+    r_hat = normalised(data)
+    kept = complete_pairs(select_prompt_pairs(r_hat, data.prompts, 0.0))
+    assert len(kept) >= 4 and (kept[::2, 1] % 2 != kept[1::2, 1] % 2).any(), "one would be split"
+    shares = [sample(model, args, (6, 0), rank=rank, world=2) for rank in range(2)]
+    randomise_lora(model.unet, 0.05, seed=7)
+    want, _ = update_gradient(model, data, r_hat, kept, (6, 0), args)
+    model.unet.zero_grad(set_to_none=True)
+    assert sorted(p for s in shares for p in s.mine.tolist()) == list(range(14))
+    for mine in shares:
+        train.update_gradient(model, mine, r_hat, kept, (6, 0), args)
+    assert close(gradient(model), want, 1e-3)
+
+
 def test_gradients_of_two_processes_add_up(model):
     """Each over its own roots; one that owns none of the update adds nothing."""
     args = settings("--branches", 3)
@@ -396,6 +414,49 @@ def test_train_round_steps_once_an_update_and_skips_what_is_not_finite(model, mo
     log = train.train_round(model, data, r_hat, kept, (4, 0), optimizer, 0, args)
     assert (log["updates"], log["skipped_updates"]) == (0, 1)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters))
+
+
+def test_hopeless_runs_stop(model):
+    """Five skipped updates in a row, over rounds; what is NaN is logged as such."""
+    args = settings("--branches", 3, "--epochs", 2, "--update-size", 100)
+    data = sample(model, args)
+    r_hat, kept = normalised(data), select_pairs(normalised(data), 0.0)
+    parameters = list(lora_parameters(model.unet).values())
+    optimizer, in_a_row = torch.optim.SGD(parameters, lr=1.0), 0
+    data.log_p_old[:] = math.nan
+    for _ in range(2):
+        log = train.train_round(model, data, r_hat, kept, (4, 0), optimizer, 0, args, in_a_row)
+        in_a_row = log["skipped_in_a_row"]
+    assert in_a_row == 4 and log["updates"] == 0 and math.isnan(log["first_max_log_ratio"])
+    with pytest.raises(runs.Stop, match="5 updates in a row"):
+        train.train_round(model, data, r_hat, kept, (4, 0), optimizer, 0, args, in_a_row)
+    good = sample(model, args)
+    log = train.train_round(model, good, r_hat, kept, (4, 0), optimizer, 0, args, in_a_row)
+    assert log["skipped_in_a_row"] == 0 and log["updates"] == 2
+
+
+@pytest.mark.parametrize("algo", ["ddpo", "dpok", "dpo"])
+def test_fp16_gradients_do_not_vanish(random_folder, algo):
+    """At Stable Diffusion's D and update size an element's gradient is below fp16's smallest number.
+
+    A small advantage (a small beta) stands for D and for the rest of an update.
+    """
+    got = {}
+    for precision in ("fp32", "fp16"):
+        model = runs.load_model(load_args(random_folder, precision, 6), torch.device("cpu"))
+        inject_lora(model.unet)
+        randomise_lora(model.unet, 0.05)
+        args = settings("--branches", 3, "--algo", algo, "--kl-beta", 1e-5)
+        data = sample(model, args)
+        r_hat = 1e-4 * normalised(data)
+        kept = complete_pairs(select_pairs(r_hat, 0.0))
+        args.dpo_beta = 2e-4
+        scale = runs.loss_scale(model, args)
+        parameters = list(lora_parameters(model.unet).values())
+        train.update_gradient(model, data, r_hat, kept, (4, 0), args)
+        runs.sum_gradients(parameters, model.device, scale)
+        got[precision] = gradient(model)
+    assert close(got["fp16"], got["fp32"], 0.1)
 
 
 def test_gradient_norm_is_clipped(model):
