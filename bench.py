@@ -282,7 +282,7 @@ def grown(folder, out, factor=3.2):
 
 
 def variants(flags, repeats):
-    """(v) UNet calls at the default's batch size under each option: its time over the default's."""
+    """(v) UNet calls at the default's batch sizes under each option: its time over the default's."""
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     def change(name, s):
@@ -292,19 +292,30 @@ def variants(flags, repeats):
         elif name == "channels_last":
             s.model.unet.to(memory_format=torch.channels_last)
         elif name == "torch.compile":
-            s.model.pipe.unet = torch.compile(s.model.unet)
+            s.model.unet.compile()
         return s
 
     names = ("default", "plain attention", "fused attention", "channels_last", "bfloat16",
-             "torch.compile", "bfloat16, torch.compile")  # fmt: skip
+             "torch.compile", "bfloat16, torch.compile", "one thread")  # fmt: skip
     made = {}
     for name in names:
         s = setup([*flags, *(["--precision", "bf16"] if "bfloat16" in name else [])])
         made[name] = change(name.split(", ")[-1], s)
-    rows = [{"option": name} for name in names[1:]]
+    threads = torch.get_num_threads()
+
+    def alone(call):
+        def run():
+            torch.set_num_threads(1)
+            call()
+            torch.set_num_threads(threads)
+
+        return run
+
+    rows, base = [{"option": name} for name in names[1:]], made["default"].args
     for phase, seen in (("forward", {"decode": [], "reward": []}), ("forward + backward", None)):
-        log = interleave({n: bare(s, [2 * s.args.sample_batch], seen) for n, s in made.items()},
-                         repeats)  # fmt: skip
+        size = base.micro_batch if seen is None else base.sample_batch
+        calls = {n: bare(s, [2 * size], seen) for n, s in made.items()}
+        log = interleave(calls | {"one thread": alone(calls["one thread"])}, repeats)
         for row in rows:
             row[f"{phase} / default"] = ratio_interval(log[row["option"]], log["default"])
     return rows

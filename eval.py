@@ -551,6 +551,7 @@ def parse_args(argv):
         runs.choose_device(args)
     args.model = args.model or first.get("model", "tiny")
     args.image_size, args.checkpointing = args.image_size or first.get("image_size"), False
+    args.compile = False
     args.prediction_type = args.prediction_type or first.get("prediction_type")
     is_tiny = runs.tiny_folder(args.model) is not None
     for name, _, sd, tiny, _ in SETTINGS:

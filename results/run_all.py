@@ -210,6 +210,18 @@ def evaluated(name, split):
     return data and next(iter(data["results"].values()))
 
 
+def metrics(folder):
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def mean_reward(name):
+    """Mean of a row's curve (Fig. 5) over its rounds; None if there is none."""
+    rewards = [line["reward_mean"] for line in metrics(ROOT / "results/first" / name)]
+    return statistics.mean(rewards) if rewards else None
+
+
 def over_seeds(values, digits=4):
     """Mean and spread (unbiased std) over seeds; no spread of a single one."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -267,21 +279,24 @@ def comparison(line):
     done, at = {"base": [base]}, line["template"] - 1
     for method in line["methods"]:
         names = [f"{prefix(line, method)}-seed{seed}" for seed in SEEDS]
-        both = [{s: evaluated(name, s) for s in ("train", "unseen")} for name in names]
+        both = [{s: evaluated(name, s) for s in ("train", "unseen")} | {"rounds": mean_reward(name)}
+                for name in names]  # fmt: skip
         done[method] = [b for b in both if all(b.values())]
     columns = {"CLIPScore": ("train", "unseen"), "recognised": ("train", "unseen"),
                "inception score": ("train",), "style entropy": ("train",)}  # fmt: skip
     cells = [(c, s) for c, splits in columns.items() for s in splits if c in base[s]]
     out = ["| method | seeds | " + " | ".join(f"{c}, {s}" for c, s in cells)
-           + " | paper: CLIPScore unseen | paper: inception score |",
-           "|---" * (len(cells) + 4) + "|"]  # fmt: skip
+           + " | reward, mean of the rounds | paper: CLIPScore unseen | paper: inception score |",
+           "|---" * (len(cells) + 5) + "|"]  # fmt: skip
     value = lambda v: v[0] if isinstance(v, list) else v  # noqa: E731
     for method, seeds in done.items():
         if not seeds:
             continue
         row = [over_seeds([value(b[s][c]) for b in seeds]) for c, s in cells]
         if method == "base":
-            row = [cell.split(" ±")[0] for cell in row]
+            row = [cell.split(" ±")[0] for cell in row] + [""]
+        else:
+            row.append(over_seeds([b["rounds"] for b in seeds]))
         paper = PAPER.get(method) if line["reward"] == "clip" and line["algo"] == "ddpo" else None
         row += [f"{paper[k][at]:.4f}" if paper else "" for k in ("unseen", "is")]
         label = "base" if method == "base" else prefix(line, method)
@@ -340,8 +355,7 @@ def run_table(group):
         summary = read(folder / "summary.json")
         if settings is None or summary is None:
             continue
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = metrics(folder)
         minutes = sum(sum(line["seconds"].values()) for line in lines) / 60
         parts = [summary.get(k) for k in ("train_score", "unseen_score", "train_recognised")]
         gains = [f"{v['gain']:+.4f} ± {v['error']:.4f}" if v else "" for v in parts]

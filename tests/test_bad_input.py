@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_args, make_pipeline
 
 import rewards
 import runs
@@ -233,6 +233,26 @@ def test_damaged_checkpoints(tiny_run, capsys, tmp_path, damage, told):
 
 
 # ---------------------------------------------------------------- rewards
+
+
+def test_models_that_are_not_loaded(capsys, random_folder, tmp_path):
+    """An inpainting model under Stable Diffusion's class name; weights that are pickles."""
+    from diffusers import UNet2DConditionModel
+
+    pipe = make_pipeline()
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, in_channels=9)
+    pipe.save_pretrained(tmp_path / "inpaint")
+    refused(capsys, ["--model", tmp_path / "inpaint", "--device", "cpu", "--out", tmp_path / "run"],
+            "inpaint is an SDXL, inpainting or other model")  # fmt: skip
+    make_pipeline().save_pretrained(tmp_path / "pickled")
+    weights = tmp_path / "pickled/unet/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    refused(capsys, ["--model", tmp_path / "pickled", "--device", "cpu", "--out", tmp_path / "run"],
+            "cannot load", "pickled")  # fmt: skip
+    args = load_args(random_folder, prediction_type="v_prediction")
+    loaded = [runs.load_model(a, torch.device("cpu")).schedule.prediction_type
+              for a in (args, load_args(random_folder))]  # fmt: skip
+    assert loaded == ["v_prediction", "epsilon"]
 
 
 def nan_for_dogs(images, prompts):

@@ -199,3 +199,21 @@ def test_a_run_of_an_earlier_version_resumes(command, tmp_path):
     assert args.image_size is None and args.rounds == 2 and args.offload is False
     folder, lines = command(want, resume=True)
     assert len(lines) == 2
+
+
+def test_compiled_calls_are_the_same(random_folder, request):
+    """--compile: states and gradient to rounding, and the ratio within 1% of the clip range."""
+    if not request.config.getoption("--full-size"):
+        pytest.skip("minutes of compiling: pass --full-size")
+    args, got = settings("--branches", 3), []
+    for compiled in (False, True):
+        model = runs.load_model(load_args(random_folder, T=6, compile=compiled), torch.device("cpu"))
+        inject_lora(model.unet)
+        randomise_lora(model.unet, 0.05)
+        data = sample(model, args)
+        kept = select_pairs(normalised(data), 0.0)
+        sums = train.update_gradient(model, data, normalised(data), kept, (4, 0), args)
+        got.append((data.states, gradient(model)))
+        assert sums["max_log_ratio"] <= 2e-6 and sums["items"] > 0
+    torch.testing.assert_close(*(states for states, _ in got), atol=1e-3, rtol=0)
+    assert (got[0][1] - got[1][1]).norm() <= 1e-3 * got[0][1].norm()
