@@ -31,7 +31,7 @@ BRANCHES = 4  # of the methods with BS; queries is a multiple, so every row has 
 # Chosen by the grid below: the largest CLIPScore gain on the training list, which ddpo and bpt-bs
 # have of their own; bpt updates on every sample as ddpo does, bs on pairs as bpt-bs does.
 LR = {"vanilla": 1e-3, "bpt": 1e-3, "bs": 1e-3, "bpt-bs": 1e-3, "bpt-bs-3epochs": 1e-3,
-      "forward-bs": 1e-3}  # fmt: skip
+      "vanilla-update128": 1e-3, "forward-bs": 1e-3}  # fmt: skip
 SEEDS = (0, 1, 2)
 EVAL = {  # of every evaluation: flags of eval.py; template 1 has 45 and 90 prompts
     "train": {"images": 8, "metrics": "clip,is"}, "unseen": {"images": 4, "metrics": "clip,is"},
@@ -39,18 +39,21 @@ EVAL = {  # of every evaluation: flags of eval.py; template 1 has 45 and 90 prom
 TUNE = {"methods": ("vanilla", "bpt-bs"), "lr": (5e-4, 1e-3, 2e-3), "seeds": (100,),
         "settings": {"eval-images": 2}}  # fmt: skip
 METHODS = {"vanilla": ["--no-bpt", "--no-bs"], "bpt": ["--no-bs"], "bs": ["--no-bpt"], "bpt-bs": [],
-           "bpt-bs-3epochs": [], "forward-bs": ["--interval", "forward"]}  # fmt: skip
+           "bpt-bs-3epochs": [], "vanilla-update128": ["--no-bpt", "--no-bs"],
+           "forward-bs": ["--interval", "forward"]}  # fmt: skip
 OF_METHOD = {  # settings that belong to a method
     "bpt-bs-3epochs": {"epochs": 3},  # Eq. 5 keeps a third: as many updates as DDPO
+    "vanilla-update128": {"update-size": 128},  # Table 6: DDPO accumulates 4 times as much
     "forward-bs": {"tau0": 3, "skip-last": 0},  # the interval grows from the noise: 20..18 first
 }
 # One line a comparison, the first set first; a line may have its own "lr" (as LR) and "settings"
 # (more flags of train.py), and then has a "name", which starts those of its rows.
 MATRIX = (
     {"algo": "ddpo", "reward": "clip", "template": 1,
-     # the last two were added after the first four had been run: as many updates as DDPO; the
-     # ablation that TempFlow-GRPO suggests
-     "methods": ("vanilla", "bpt", "bs", "bpt-bs", "bpt-bs-3epochs", "forward-bs")},
+     # the last three were added after the first four had been run: two ways to equal numbers of
+     # updates, and the ablation that TempFlow-GRPO suggests
+     "methods": ("vanilla", "bpt", "bs", "bpt-bs", "bpt-bs-3epochs", "vanilla-update128",
+                 "forward-bs")},  # fmt: skip
     # Fig. 4 and 5, Tables 1 and 3 on the other templates; Fig. 8, Table 2
     {"algo": "ddpo", "reward": "clip", "template": 2, "methods": ("vanilla", "bpt-bs")},
     {"algo": "ddpo", "reward": "clip", "template": 3, "methods": ("vanilla", "bpt-bs")},

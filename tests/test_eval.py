@@ -448,11 +448,11 @@ def test_every_row_has_flags_that_exist_equal_queries_and_updates(run_all, tmp_p
                 for flag, value in settings.items():
                     assert getattr(args, flag.replace("-", "_")) == value, (name, flag)
     own = {k.replace("-", "_") for more in run_all.OF_METHOD.values() for k in more}
-    assert own == {"epochs", "tau0", "skip_last"}
+    assert own == {"epochs", "tau0", "skip_last", "update_size"}
     for c in configs:  # equal queries a run and trajectories an update, whatever the method
         assert c["queries"] % c["branches"] == 0 and c["branches"] == (
             1 if c["no_bs"] else run_all.BRANCHES)  # fmt: skip
-        for what in ("rounds", "queries", "update_size", "clip_range"):
+        for what in ("rounds", "queries", "clip_range"):
             assert c[what] == configs[0][what], what
     for name, (_, steps) in groups["first"].items():  # the base model is drawn as it was trained
         for (file, *argv), _ in steps:
