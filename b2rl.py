@@ -13,9 +13,8 @@ Eq. 4 and 6 are gradients of the LOSS. Each returns one value per (trajectory, t
 and over the update's trajectories is taken in `train.py`. Eq. 6 has a sum over t: the mean is the
 sum / tau [official], and AdamW does not see the factor (the gradient-norm clip does).
 
-The clip range belongs to a log-probability averaged over D dimensions: the same change of policy
-moves it by 1/D as much as the sum. DDPO's 1e-4 at D = 16,384 [ddpo] is 8e-4 at D = 256 for the same
-change per coordinate; [official] 0.1 is almost never reached, so PPO turns into plain PG.
+The clip range belongs to a log-probability averaged over D dimensions (trap 1 in the README): DDPO's
+1e-4 [ddpo] is for D = 16,384; [official] 0.1 is almost never reached, so PPO turns into plain PG.
 """
 
 from collections import defaultdict

@@ -29,7 +29,7 @@ import torch
 
 @dataclass(frozen=True)
 class Schedule:
-    """Noise levels by paper time t = 0..T; every field but T, eta is a float64 or long (T + 1,).
+    """Noise levels by paper time t = 0..T; all tensors are (T + 1,), float64 or long.
 
     `alpha_bar[t]` belongs to x_t (0 = clean), `sigma[t]` and `timestep[t]` to the step
     x_t -> x_{t-1}, so their entry 0 is unused.
@@ -100,16 +100,14 @@ def log_prob(x_prev, mu, sigma):
     return log_p.flatten(1).mean(1)
 
 
-def ddim_step(schedule, prediction, x_t, t, x_prev=None, noise=None):
-    """One step x_t -> x_{t-1} and its log-probability: the same code samples and trains.
+def ddim_step(schedule, prediction, x_t, t, noise):
+    """One sampling step x_t -> x_{t-1} with `noise` (B, C, h, w), and its log-probability.
 
-    Sampling passes `noise` (B, C, h, w); training passes the stored `x_prev` and gets the
-    log-probability under the current weights. Returns x_prev (B, C, h, w) float32, log_p (B,).
+    Training calls the same `ddim_mean` and `log_prob` on the stored x_{t-1} (`update_gradient` in
+    train.py). Returns x_prev (B, C, h, w) float32, log_p (B,).
     """
-    assert (x_prev is None) != (noise is None), "pass x_prev (training) or noise (sampling)"
     mu, sigma = ddim_mean(schedule, prediction.float(), x_t, t)
-    if x_prev is None:
-        x_prev = mu + sigma * noise
+    x_prev = mu + sigma * noise
     assert x_prev.dtype == x_t.dtype == torch.float32, "latents are stored in float32 (trap 2)"
     return x_prev, log_prob(x_prev, mu, sigma)
 

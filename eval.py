@@ -40,7 +40,7 @@ PAPER_TABLE5 = (0.082, 0.168, 0.156, 0.281, 0.289, 0.340, 0.430, 0.445, 0.523, 0
 # What may differ between runs that are one line of the curves: it changes no expectation
 SAME_LINE = {"seed", "out", "resume", "threads", "device", "precision", "sample_batch",
              "micro_batch", "decode_batch", "eval_images", "grid_every", "preset", "checkpointing",
-             "offload", "tensorboard"}  # fmt: skip
+             "offload", "tensorboard", "compile"}  # fmt: skip
 
 
 # ---------------------------------------------------------------- scores
@@ -533,7 +533,7 @@ def parse_args(argv):
     add("--image-size", type=int, help="pixels a side (likewise)")
     add("--prediction-type", choices=("epsilon", "v_prediction"), help="what the UNet predicts "
         "(default: the run's, else as the model's files say)")  # fmt: skip
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--device", help="cuda, cpu or mps (default: cuda where there is one, else cpu)")
     add("--precision", choices=tuple(runs.DTYPES), help="(default fp16 on CUDA, else fp32)")
     add("--batch", type=int, help="pictures at once (default 8, tiny 64)")
     add("--out", default="runs/eval", help="folder for the JSON and the pictures")

@@ -37,8 +37,8 @@ PRESETS = {
 
 
 # Flags that may be given beside --resume: they change no expectation
-WITH_RESUME = ("resume", "threads", "checkpointing", "offload", "tensorboard", "sample_batch",
-               "micro_batch", "decode_batch")  # fmt: skip
+WITH_RESUME = ("resume", "threads", "checkpointing", "offload", "tensorboard", "compile",
+               "sample_batch", "micro_batch", "decode_batch")  # fmt: skip
 
 
 def add_flags(add):
@@ -48,7 +48,7 @@ def add_flags(add):
         "log p are float32 (default fp16 on CUDA, else fp32)")  # fmt: skip
     add("--prediction-type", choices=("epsilon", "v_prediction"), help="what the UNet predicts "
         "(default: as the model's files say; a single file of SD 2.x may need it)")  # fmt: skip
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--device", help="cuda, cpu or mps (default: cuda where there is one, else cpu)")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
     add("--image-size", type=int, help="pixels a side (default: the model's own)")
     add("--preset", choices=tuple(PRESETS), help="batch sizes and --offload for "
@@ -59,7 +59,7 @@ def add_flags(add):
         "the device while the UNet trains")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the UNet: minutes at the start, then "
         "faster calls; needs a C++ compiler on the CPU")  # fmt: skip
-    add("--out", help="run folder (default runs/<model>-<reward>-<method>-seed<seed>)")
+    add("--out", help="run folder (default runs/<model>-<reward>-<prompts>-<method>-seed<seed>)")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
     add("--tensorboard", action="store_true", help="write the metrics for TensorBoard as well")
 
@@ -213,8 +213,7 @@ def choose_device(args):
     Of torchrun's processes each takes its own GPU, before anything touches the first one.
     """
     if args.device is None:
-        mps = torch.backends.mps.is_available()
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         have = torch.cuda.device_count()
         if int(os.environ["LOCAL_RANK"]) >= have:
@@ -351,8 +350,8 @@ def write_lora(folder, state):
     write_safetensors(folder / "webui_lora.safetensors", webui_state(state))
 
 
-def method_name(args):
-    """The algorithm and its strategies, e.g. ddpo-bpt-bs."""
+def method_slug(args):
+    """The algorithm and its strategies for the name of a folder, e.g. ddpo-bpt-bs."""
     bpt = [] if args.no_bpt else ["bpt" if args.interval == "backward" else "forward"]
     return "-".join([args.algo, *bpt, *([] if args.no_bs else ["bs"])])
 
@@ -361,7 +360,7 @@ def default_folder(args):
     """runs/<model>-<reward>-<prompts>-<method>-seed<seed>"""
     prompts = Path(args.prompts).stem if args.prompts else f"template{args.template}"
     parts = [Path(args.model).stem, Path(args.reward).name.replace(".py:", "-"), prompts]
-    return "runs/" + "-".join([*parts, method_name(args), f"seed{args.seed}"])
+    return "runs/" + "-".join([*parts, method_slug(args), f"seed{args.seed}"])
 
 
 def first_line(args, world):
@@ -373,8 +372,13 @@ def first_line(args, world):
 
 
 def holds_run(args):
-    """args.out if a run is in it and it is not to be resumed, else None."""
-    return None if args.resume or not (Path(args.out) / "config.json").exists() else args.out
+    """args.out if a run is in it and it is not to be resumed, else None.
+
+    Only the first process looks: by the time that another does, the first may have begun.
+    """
+    if args.resume or os.environ.get("RANK", "0") != "0":
+        return None
+    return args.out if (Path(args.out) / "config.json").exists() else None
 
 
 def open_folder(args, first, rank):
@@ -566,7 +570,7 @@ def write_card(folder, args, summary, prompts):
             f"{s['gain']:+.4f} | {s['error']:.4f} | {s['n']} |" for name, s in summary.items()]  # fmt: skip
     local = args.model == "tiny" or Path(args.model).exists()
     text = CARD.format(**vars(args) | dict(
-        base=args.model, method=method_name(args),
+        base=args.model, method=method_slug(args),
         base_model="" if local else f"base_model: {args.model}\n",
         load="from_single_file" if args.model.endswith(".safetensors") else "from_pretrained",
         kind=f', prediction_type="{args.prediction_type}"' if args.prediction_type else "",

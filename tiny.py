@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from world import (  # noqa: F401 (nouns is for those who import tiny)
-    HERE, HOME, STYLES, captions, draw, draw_batch, draw_fact, facts, noun_prompts, nouns, parse,
-    read_lists, render_sprites, style_prompts, tellings, wrong)
-
+from world import (
+    HERE, HOME, STYLES, captions, draw, draw_batch, draw_fact, facts, noun_prompts, parse, read_lists,
+    render_sprites, style_prompts, tellings, wrong,
+)  # fmt: skip
 
 # ---------------------------------------------------------------- training in general
 def save_state(path, tensors, **facts_json):

@@ -54,20 +54,20 @@ SETTINGS = (
     ("rounds", int, 100, 18, "rounds N [official; tiny: ours]"),
     ("queries", int, 256, 200, "reward queries a round; roots = queries / branches [paper 25.6k]"),
     ("epochs", int, 2, 1, "passes over a round's data [official; tiny: ours]"),
-    ("update_size", int, 64, 32, "trajectories an update [paper, Table 6: 2 x 32; tiny: ours]"),
+    ("update_size", int, 64, 32, "trajectories an update [Table 6: 2 x 32; DDPO's 2 x 128]"),
     ("lr", float, 1e-4, 1e-3, "AdamW learning rate [paper, Table 6; tiny: ours]"),
     ("weight_decay", float, 1e-4, 1e-4, "AdamW weight decay [paper, Table 6]"),
     ("beta1", float, 0.9, 0.9, "AdamW beta_1 [paper, Table 6]"),
     ("beta2", float, 0.999, 0.999, "AdamW beta_2 [paper, Table 6]"),
     ("adam_eps", float, 1e-8, 1e-8, "AdamW epsilon [paper, Table 6]"),
-    ("clip_range", float, 1e-4, 3e-3, "clip of the ratio of mean log p; grows as 1/D [ddpo; ours]"),
+    ("clip_range", float, 1e-4, 3e-3, "clip of the ratio of mean log p: trap 1 [ddpo; tiny: ours]"),
     ("adv_clip", float, 5.0, 5.0, "r_hat is clipped to +- this [official, ddpo]"),
     ("max_grad_norm", float, 1.0, 1.0, "gradient norm clip [official, ddpo]"),
     ("rank", int, 4, 4, "LoRA rank [official]"),
-    ("kl_beta", float, 0.01, 0.01, "weight of DPOK's KL, Eq. 7 [DPOK]"),
-    ("dpo_beta", float, 0.1, 0.1, "beta of DPO on summed log p, Eq. 8 [D3PO]"),
-    ("sample_batch", int, 8, 100, "states a UNet call while sampling, before guidance doubles it"),
-    ("micro_batch", int, 2, 64, "states a UNet call while training; the gradient is the same"),
+    ("kl_beta", float, 0.01, 0.01, "weight of DPOK's KL, Eq. 7 [ours]"),
+    ("dpo_beta", float, 0.1, 0.1, "beta of DPO on summed log p, Eq. 8 [D3PO's code]"),
+    ("sample_batch", int, 8, 100, "states a UNet call in sampling, doubled by guidance [Table 6]"),
+    ("micro_batch", int, 2, 64, "states a UNet call in training; same gradient [Table 6]"),
     ("decode_batch", int, 8, 64, "pictures decoded and scored at once"),
     ("eval_images", int, 1, 2, "pictures a prompt, before and after, on both prompt lists"),
     ("grid_every", int, 10, 5, "rounds between picture grids"),
@@ -136,7 +136,7 @@ def check(args):
         (0 <= args.beta1 < 1 and 0 <= args.beta2 < 1, "--beta1 and --beta2 must be from 0 to 1"),
         *((getattr(args, n) is None or getattr(args, n) >= 1, f"--{n.replace('_', '-')} must be 1 "
            "or more") for n in ("threads", "image_size")),
-        (not (out := runs.holds_run(args)), f"{out} already holds a run: --resume {out}?"),
+        (not (out := runs.holds_run(args)), f"{out} holds a run: --resume {out}, or --out NEW"),
         (args.algo != "dpo" or args.micro_batch >= 2, "dpo needs --micro-batch 2 or more"),
         *((getattr(args, n) > 0, f"--{n.replace('_', '-')} must be above 0") for n in (
             "lr", "clip_range", "adam_eps", "max_grad_norm", "adv_clip")),
@@ -332,7 +332,7 @@ def train_round(model, data, r_hat, kept, interval, optimizer, i, args, in_a_row
 
 @torch.no_grad()
 def kl_to_base(model, data, kept, interval, i, args):
-    """KL(p_theta || p_pre) of a step, in nats (summed over D), at up to 64 states of this round."""
+    """KL(p_theta || p_pre) of a step, in nats (summed over D), at up to 64 states a process."""
     rows, _, _ = unet_rows(kept[torch.isin(kept[:, 1], data.mine)], interval[0] - interval[1])
     pick = torch.randperm(len(rows), generator=keyed_generator(args.seed, i, "kl"))[:64]
     sums = torch.zeros(2, dtype=torch.float64)

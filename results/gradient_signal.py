@@ -13,7 +13,8 @@ is signal and noise together. Printed is
 
 the squared signal-to-noise ratio of a batch of 25 roots: at 1 the gradient of 25 roots is half
 signal, at 0.01 it takes 2,500 roots. +- is a standard error if there is no signal. The gradient is that of LoRA's `up`
-weights; that of `down` is 0 at the start. [ours]
+weights; that of `down` is 0 at the start. It keeps 2 bytes a query, step and weight: 10 GB for
+Stable Diffusion (399,360 weights) at 640 queries and 20 steps. [ours]
 """
 
 import sys
@@ -35,7 +36,7 @@ RANGES = ((1, 2), (3, 6), (7, 9), (10, 12), (13, 15), (16, 17), (18, 20), (3, 20
 
 
 def score_vectors(model, data, interval, args):
-    """grad log p of every trajectory and step in LoRA's up weights: (P, K, steps, n) float16.
+    """grad log p of every trajectory and step in LoRA's up weights: (P, K, steps, n) bfloat16.
 
     Per sample, in one backward pass a batch: at a linear layer a sample's gradient is the product
     of what comes back and what went in.
@@ -52,7 +53,9 @@ def score_vectors(model, data, interval, args):
 
     hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     steps = interval[0] - interval[1]
-    out = torch.zeros(P * K, steps, sum(l.up.numel() for l in layers.values()), dtype=torch.float16)
+    scale = runs.loss_scale(model, args)  # fp16 gradients of a mean over D would be 0
+    out = torch.zeros(P * K, steps, sum(l.up.numel() for l in layers.values()),
+                      dtype=torch.bfloat16)  # fmt: skip
     for part in torch.arange(P * K).split(args.micro_batch):
         root, branch = part // K, part % K
         for step in range(steps):
@@ -60,10 +63,10 @@ def score_vectors(model, data, interval, args):
             prediction, x_t, t = train.predict(model, data, rows, interval, args)
             mu, sigma = ddim_mean(model.schedule, prediction, x_t, t)
             x_prev = data.states[root, branch, step + 1].to(model.device)
-            log_prob(x_prev, mu, sigma).sum().backward()
+            (scale * log_prob(x_prev, mu, sigma).sum()).backward()
             both = torch.cat([seen[name].flatten(1) for name in layers], 1)
             halves = 1 if args.guidance == 1 else 2  # guidance: the two halves of one sample
-            out[part, step] = both.view(halves, len(part), -1).sum(0).half()
+            out[part, step] = both.view(halves, len(part), -1).sum(0) / scale
     for hook in hooks:
         hook.remove()
     return out.view(P, K, steps, -1)
@@ -108,15 +111,19 @@ def main(argv):
     print(f"score {data.scores.mean():.4f}, std {data.scores.std():.4f}; std of r_hat within a root "
           f"{within:.2f}\n\n| steps t | share of g^2 | " + " | ".join(chosen) + " |")  # fmt: skip
     print("|---|---|" + "---|" * len(chosen))
-    energy = (r_hat[:, :, None, None] * vectors).sum(1).float().square().sum((0, 2))
+
+    def of_roots(w, step):  # (P, n)
+        return torch.einsum("pk,pkn->pn", w, vectors[:, :, step].float())
+
+    energy = [of_roots(r_hat, step).square().sum().item() for step in range(vectors.shape[2])]
     for lo, hi in RANGES:
         steps = [interval[0] - t for t in range(lo, hi + 1) if interval[1] < t <= interval[0]]
         if steps:
             cells = []
             for w in chosen.values():
-                g = (w[:, :, None] * vectors[:, :, steps].float().sum(2)).sum(1)
+                g = sum(of_roots(w, step) for step in steps)
                 cells.append("{:+.3f} +- {:.3f}".format(*ratio(g)))
-            print(f"| {lo} to {hi} | {energy[steps].sum() / energy.sum():.1%} | "
+            print(f"| {lo} to {hi} | {sum(energy[s] for s in steps) / sum(energy):.1%} | "
                   + " | ".join(cells) + " |")  # fmt: skip
 
 

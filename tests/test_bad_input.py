@@ -150,7 +150,7 @@ def test_a_checkpoint_that_is_no_model(capsys, tmp_path):
 def test_a_folder_that_holds_a_run_is_not_overwritten(light, capsys, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     refused(capsys, ["--model", "none", "--device", "cpu", "--out", tmp_path],
-            "already holds a run", f"--resume {tmp_path}")  # fmt: skip
+            "holds a run", f"--resume {tmp_path}", "--out")  # fmt: skip
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
