@@ -66,7 +66,7 @@ def score_vectors(model, data, interval, args):
             (scale * log_prob(x_prev, mu, sigma).sum()).backward()
             both = torch.cat([seen[name].flatten(1) for name in layers], 1)
             halves = 1 if args.guidance == 1 else 2  # guidance: the two halves of one sample
-            out[part, step] = both.view(halves, len(part), -1).sum(0) / scale
+            out[part, step] = (both.view(halves, len(part), -1).sum(0) / scale).bfloat16()
     for hook in hooks:
         hook.remove()
     return out.view(P, K, steps, -1)
