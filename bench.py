@@ -518,12 +518,12 @@ def sweep(flags, repeats):
     return rows
 
 
-def peer(flags, python, repeats):
+def peer(flags, python, repeats, only=None):
     """(e) TRL's DDPO, our DDPO, our B2: seconds and memory, and times fewer seconds than TRL.
 
     All do one update an epoch. B2's cost is linear in tau, and its schedule in the round, so a
     whole run costs what its middle does, at tau = (tau0 + T) / 2. All steps are trained, as in
-    TRL. KL metric: see (b).
+    TRL. KL metric: see (b). With `only` every method runs at these batch sizes alone.
     """
     flags = [*INTERVAL, *flags]
     base = train.parse_args(flags)
@@ -543,8 +543,8 @@ def peer(flags, python, repeats):
                 f"--micro-batch {batches[1]}"  # fmt: skip
         return Worker("--as-worker", [*flags, *ours[method], *extra.split()], threads)
 
-    chosen = {}
-    for method in ("TRL's DDPO", *ours):
+    chosen = {(method, "given"): only for method in ("TRL's DDPO", *ours)} if only else {}
+    for method in () if only else ("TRL's DDPO", *ours):
         times = {}
         for n in (n for n in PEER_BATCHES if base.queries % n == 0):
             worker = start(method, (n, n))
@@ -565,7 +565,8 @@ def peer(flags, python, repeats):
                    "times fewer seconds a query": ratio_interval(
                        total["TRL's DDPO", theirs], total[method, own])}
                   for method in ours for theirs, own in (
-                      ("paper's", "paper's"), ("paper's", "best"), ("best", "best"))]  # fmt: skip
+                      ("paper's", "paper's"), ("paper's", "best"), ("best", "best"),
+                      ("given", "given")) if (method, own) in total]  # fmt: skip
 
 
 def random_sd14(folder):
@@ -718,6 +719,8 @@ def main(argv=None):
         "Diffusion 1.4 at full size with random weights (default tiny)")  # fmt: skip
     add("--repeats", type=int, default=10, help="turns of each measurement (default 10)")
     add("--peer", metavar="PYTHON", help="an interpreter that has TRL 0.23.1")
+    add("--peer-batches", type=int, nargs=2, metavar="N", help="sample and micro batch of all in "
+        "--peer, instead of the paper's and a search (--compile takes minutes for each)")  # fmt: skip
     add("--json", metavar="OUT", help="write all figures to this file as well")
     args, rest = parser.parse_known_args(argv)
     if args.part and "peer" in args.part and not args.peer:
@@ -762,7 +765,7 @@ def main(argv=None):
     if "ratio" in parts:
         show("(r) |log p/p_old| before the first update", first_ratio(flags))
     if "peer" in parts:
-        rows, ratios = peer(few, args.peer, args.repeats)
+        rows, ratios = peer(few, args.peer, args.repeats, args.peer_batches)
         show("(e) Against TRL 0.23.1's DDPOTrainer, " + " ".join(few), rows)
         show("(e) Times fewer seconds a query than TRL", ratios)
 

@@ -164,6 +164,9 @@ def test_peer_report(flags, monkeypatch):
         ("paper's", "our DDPO", "paper's"): 2, ("paper's", "our DDPO", "best"): 2 * 5 / 3,
         ("best", "our DDPO", "best"): 2, ("paper's", "our B2 a", "paper's"): 3,
         ("paper's", "our B2 a", "best"): 3 * 5 / 3, ("best", "our B2 a", "best"): 3})  # fmt: skip
+    rows, ratios = bench.peer([*flags, "--queries", "16"], "old/python", 2, (8, 4))
+    assert [row["batches"] for row in rows] == ["given (8, 4)"] * 3 and len(ratios) == 2
+    assert ratios[0]["times fewer seconds a query"][0] == pytest.approx(2)
 
 
 @pytest.mark.skipif("TRL_PYTHON" not in os.environ, reason="TRL_PYTHON: an interpreter with TRL")
