@@ -130,9 +130,9 @@ def rows():
                 settings, step = training(line, method, seed, line.get("lr", LR)[method], folder)
                 model = ["--lora", folder, "--no-base"]
                 add(name, settings, [step, *evaluations(line["template"], folder, model)])
-        # Fig. 4: the same noise a column, a method a row
+        # Fig. 4: the same noise a column, a method of the paper a row
         name = prefix(line, "grid")
-        loras = [f"runs/first/{prefix(line, m)}-seed{SEEDS[0]}" for m in line["methods"]]
+        loras = [f"runs/first/{prefix(line, m)}-seed{SEEDS[0]}" for m in line["methods"][:4]]
         command = ["eval.py", "--lora", *loras, "--template", str(line["template"]), "--images",
                    "1", "--out", f"runs/first/{name}"]  # fmt: skip
         add(name, None, [(command, "scores.json")])
