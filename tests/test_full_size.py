@@ -36,7 +36,7 @@ def folder(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("precision, shapes", [("fp32", "other"), ("bf16", "other"),
-                                               ("bf16", "equal")])  # fmt: skip
+                                               ("bf16", "equal"), ("fp16", "other")])  # fmt: skip
 def test_a_round_at_full_size(folder, tmp_path, precision, shapes):
     """The real command, 64x64 pixels: one round and an update; with branches, or one state a call."""
     script, prompts, run = tmp_path / "worker.py", tmp_path / "prompts.txt", tmp_path / "run"
