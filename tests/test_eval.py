@@ -16,7 +16,7 @@ from ddim_logprob import (
 )  # fmt: skip
 from eval import (
     compare, curve, differs, evaluate, group_runs, inception_left_out, inception_score,
-    jackknife_error, paired_gain, style_entropy,
+    jackknife_error, paired_gain, style_entropy, wilson,
 )  # fmt: skip
 from lora import inject_lora, lora_state
 from rewards import checked
@@ -463,6 +463,37 @@ def test_every_row_has_flags_that_exist_equal_queries_and_updates(run_all, tmp_p
     methods = {(c["no_bpt"], c["no_bs"], c["seed"]) for c in configs if c["seed"] in run_all.SEEDS}
     assert len(methods) == 4 * len(run_all.SEEDS)
     assert not set(run_all.SEEDS) & set(run_all.TUNE["seeds"])  # tuned apart from what is reported
+
+
+def test_wilson_intervals():
+    """Against the textbook's figures, and where p is 0 or 1."""
+    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(0.0, 128) == pytest.approx((0.0, 0.0291), abs=1e-4)
+    assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+def test_the_gain_in_inception_score_is_paired(run_all):
+    """The same pictures left out of both; the seeds' spread comes on top of it."""
+    def seeds(scores, left_out):
+        return [{"train": {"inception score": [score, 9.0], "inception score, left out": v}}
+                for score, v in zip(scores, left_out)]  # fmt: skip
+
+    b = seeds([2.0], [[2.0, 2.1, 1.9, 2.0]])
+    shifted = seeds([2.5], [[2.5, 2.6, 2.4, 2.5]])
+    assert run_all.inception_gain(shifted, b) == pytest.approx((0.5, 0.0, 0.0))
+    a = seeds([3.0, 5.0], [[3.0, 3.3, 3.1, 3.0], [5.0, 5.1, 5.1, 5.0]])
+    difference = np.array([4.0, 4.2, 4.1, 4.0]) - [2.0, 2.1, 1.9, 2.0]
+    error = math.sqrt(3 / 4 * np.square(difference - difference.mean()).sum())
+    assert run_all.inception_gain(a, b) == pytest.approx((2.0, math.sqrt(error**2 + 2 / 2), error))
+
+
+def test_the_papers_own_differences(run_all):
+    line = run_all.MATRIX[0]
+    assert run_all.paper_gain(line, "bpt-bs", "vanilla") == pytest.approx((0.0050, 0.0241))
+    assert run_all.paper_gain(line, "vanilla", "base") == pytest.approx((0.0183, -0.0293))
+    assert run_all.paper_gain(line, "bs", "vanilla") == (None, None)
+    dpok = next(x for x in run_all.MATRIX if x["algo"] == "dpok")
+    assert run_all.paper_gain(dpok, "bpt-bs", "vanilla") == (None, pytest.approx(0.0220))
 
 
 def test_no_row_replaces_another(run_all, monkeypatch):
