@@ -295,7 +295,7 @@ def load_model(args, device):
         if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             die("--compile needs a C++ compiler on the CPU (g++, or the one that CXX names)")
         pipe.unet.compile()
-    if device.type == "cpu":  # torch's fused attention has a slow backward pass on small CPU models
+    if device.type == "cpu":  # torch's fused attention gains 4 to 7 % here (README), on other bits
         pipe.unet.set_attn_processor(AttnProcessor())
     return Model(pipe, schedule, device, tiny_folder(args.model), {}, args.image_size)
 
