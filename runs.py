@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
@@ -238,7 +239,7 @@ def load_pipeline(model, dtype=torch.float32):
     import transformers
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions, too
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     name = str(HERE / "tiny") if model == "tiny" else model
