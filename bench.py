@@ -55,7 +55,7 @@ DDPO = ["--no-bpt", "--no-bs"]
 BATCHES = (16, 32, 64, 128, 256)  # UNet batch sizes tried for the bare calls, guidance included
 INTERVAL = "--tau0 14 --skip-last 0".split()  # the paper's, where the tiny model's own does not fit
 # the larger UNet, or it would take hours
-LARGE = "--T 6 --tau0 4 --skip-last 0 --epochs 1 --queries 64 --micro-batch 32".split()
+LARGE = "--T 6 --tau0 4 --skip-last 0 --epochs 1 --queries 128 --sample-batch 64".split()
 SWEEP = {"T": (14, 20, 40), "tau0": (5, 10, 14, 20), "branches": (2, 4, 8),
          "sample_batch": (8, 16, 32, 64, 128), "micro_batch": (2, 8, 16, 32, 64, 128)}  # fmt: skip
 PEER_BATCHES = (8, 16, 32, 64)  # sample and micro batch tried for the best setting of each

@@ -40,7 +40,7 @@ PAPER_TABLE5 = (0.082, 0.168, 0.156, 0.281, 0.289, 0.340, 0.430, 0.445, 0.523, 0
 # What may differ between runs that are one line of the curves: it changes no expectation
 SAME_LINE = {"seed", "out", "resume", "threads", "device", "precision", "sample_batch",
              "micro_batch", "decode_batch", "eval_images", "grid_every", "preset", "checkpointing",
-             "offload", "tensorboard", "compile"}  # fmt: skip
+             "offload", "tensorboard", "compile", "channels_last"}  # fmt: skip
 
 
 # ---------------------------------------------------------------- scores
@@ -551,7 +551,7 @@ def parse_args(argv):
         runs.choose_device(args)
     args.model = args.model or first.get("model", "tiny")
     args.image_size, args.checkpointing = args.image_size or first.get("image_size"), False
-    args.compile = False
+    args.compile = args.channels_last = False
     args.prediction_type = args.prediction_type or first.get("prediction_type")
     is_tiny = runs.tiny_folder(args.model) is not None
     for name, _, sd, tiny, _ in SETTINGS:

@@ -1,9 +1,10 @@
-"""LoRA by hand: y = W x + (B A) x, only A and B train (Hu et al., [26] in the paper).
+"""LoRA by hand: y = (W + B A) x, only A and B train (Hu et al., [26] in the paper).
 
     rank 4 on to_q, to_k, to_v, to_out of every attention of the UNet [official]; SD 1.x then has
     797,184 trainable numbers. A ("down") is drawn from N(0, 1/rank), B ("up") is zero, so the
     model starts as the base. Scale alpha/rank is 1. A and B stay float32 over a half-precision
-    UNet. No dropout: it would break ratio 1 before the first update.
+    UNet, and their product out of W, whose rounding would swallow it. No dropout: it would break
+    ratio 1 before the first update.
 
 Files are safetensors with the names that diffusers' `load_lora_weights` reads:
 `unet.<module>.lora_A.weight` (rank, in) and `unet.<module>.lora_B.weight` (out, rank).
@@ -29,11 +30,13 @@ class LoRALinear(nn.Module):
         self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
 
     def forward(self, x):
-        y = self.base(x)
+        base = self.base
         if not self.enabled:
-            return y
-        low = nn.functional.linear(x.float(), self.down)  # (..., rank), float32
-        return y + nn.functional.linear(low, self.up).to(y.dtype)
+            return base(x)
+        if base.weight.dtype == torch.float32:  # (W + B A) x: one pass over x and y, not three
+            return nn.functional.linear(x, base.weight + self.up @ self.down, base.bias)
+        low = nn.functional.linear(x.float(), self.down)  # W x + B (A x): (..., rank), float32
+        return base(x) + nn.functional.linear(low, self.up).to(x.dtype)
 
 
 def inject_lora(unet, rank=4, targets=TARGETS, seed=0):

@@ -63,7 +63,8 @@ def random_folder(tmp_path_factory):
 def load_args(folder, precision="fp32", T=20, **more):
     """What `runs.load_model` reads of the flags."""
     given = dict(model=str(folder), precision=precision, T=T, eta=1.0, image_size=None,
-                 prediction_type=None, checkpointing=False, compile=False)  # fmt: skip
+                 prediction_type=None, checkpointing=False, compile=False,
+                 channels_last=False)  # fmt: skip
     return SimpleNamespace(**given | more)
 
 

@@ -40,14 +40,25 @@ def test_zero_start_is_the_base_and_so_is_lora_off(unet):
     assert torch.equal(predict(unet), with_lora)
 
 
-def test_layer_is_w_plus_b_a():
-    base = torch.nn.Linear(7, 5)
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_is_w_x_plus_b_a_x(dtype, rounding, bias):
+    """Output and gradients of x, A and B against the two products apart, in float64."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(40, 24, bias=bias, dtype=dtype).requires_grad_(False)
     layer = LoRALinear(base, rank=3)
     layer.up.data.normal_()
-    assert layer.down.shape == (3, 7) and layer.up.shape == (5, 3)
-    x = torch.randn(2, 4, 7)
-    want = torch.nn.functional.linear(x, base.weight + layer.up @ layer.down, base.bias)
-    torch.testing.assert_close(layer(x), want)
+    assert layer.down.shape == (3, 40) and layer.up.shape == (24, 3)
+    x, g = torch.randn(2, 6, 40).to(dtype), torch.randn(2, 6, 24).to(dtype)
+    ours, A, B = (v.detach().clone().requires_grad_() for v in (x, layer.down, layer.up))
+    layer.down, layer.up = torch.nn.Parameter(A), torch.nn.Parameter(B)
+    y = layer(ours)
+    got = (y, *torch.autograd.grad(y, (ours, layer.down, layer.up), g))
+    x, A, B = (v.detach().double().requires_grad_() for v in (x, A, B))
+    y = x @ base.weight.double().T + x @ A.T @ B.T + (base.bias.double() if bias else 0)
+    want = (y, *torch.autograd.grad(y, (x, A, B), g.double()))
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).norm() <= rounding * b.norm()
 
 
 def test_start_is_normal_with_variance_one_over_rank():

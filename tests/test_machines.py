@@ -201,13 +201,14 @@ def test_a_run_of_an_earlier_version_resumes(command, tmp_path):
     assert len(lines) == 2
 
 
-def test_compiled_calls_are_the_same(random_folder, request):
-    """--compile: states and gradient to rounding, and the ratio within 1% of the clip range."""
-    if not request.config.getoption("--full-size"):
+@pytest.mark.parametrize("option", ["compile", "channels_last"])
+def test_faster_calls_are_the_same(random_folder, option, request):
+    """States and gradient to rounding, and the ratio within 1% of the clip range."""
+    if option == "compile" and not request.config.getoption("--full-size"):
         pytest.skip("minutes of compiling: pass --full-size")
     args, got = settings("--branches", 3), []
-    for compiled in (False, True):
-        model = runs.load_model(load_args(random_folder, T=6, compile=compiled), torch.device("cpu"))
+    for on in (False, True):
+        model = runs.load_model(load_args(random_folder, T=6, **{option: on}), torch.device("cpu"))
         inject_lora(model.unet)
         randomise_lora(model.unet, 0.05)
         data = sample(model, args)
