@@ -17,6 +17,7 @@ The clip range belongs to a log-probability averaged over D dimensions (trap 1 i
 1e-4 [ddpo] is for D = 16,384; [official] 0.1 is almost never reached, so PPO turns into plain PG.
 """
 
+import math
 from collections import defaultdict
 
 import torch
@@ -175,14 +176,16 @@ def _lexsort(table):
 
 
 def micro_batches(rows, size):
-    """Cut rows (R, 4) into slices (lo, hi) of at most `size`, no (group, step) cell cut in two.
+    """Cut rows (R, 4) into few slices (lo, hi) of at most `size`, no (group, step) cell in two.
 
-    The gradient does not depend on the cut (trap 10), but DPO needs a pair's two log p at once.
+    They are about equally long: a short UNet call costs more a row. The gradient does not depend
+    on the cut (trap 10), but DPO needs a pair's two log p at once.
     """
     cell = [tuple(r) for r in rows[:, :2].tolist()]
     lo = 0
     while lo < len(cell):
-        hi = min(lo + size, len(cell))
+        left = len(cell) - lo
+        hi = lo + math.ceil(left / math.ceil(left / size))
         if hi < len(cell) and cell[hi] == cell[hi - 1] and hi - lo > 1:
             hi -= 1
         yield lo, hi

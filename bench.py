@@ -24,6 +24,7 @@ the KL metric and the checkpoint of a round stand in (b) alone.
 import argparse
 import bisect
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -47,7 +48,7 @@ else:
     import runs
     import train
     from b2rl import RewardNormaliser, select_all, select_pairs, training_interval
-    from lora import inject_lora
+    from lora import inject_lora, lora_layers
     from rewards import load_reward
 
 PARTS = ("overhead", "larger", "phases", "counts", "sweep", "peer", "memory", "ratio", "variants")
@@ -55,7 +56,7 @@ DDPO = ["--no-bpt", "--no-bs"]
 BATCHES = (16, 32, 64, 128, 256)  # UNet batch sizes tried for the bare calls, guidance included
 INTERVAL = "--tau0 14 --skip-last 0".split()  # the paper's, where the tiny model's own does not fit
 # the larger UNet, or it would take hours
-LARGE = "--T 6 --tau0 4 --skip-last 0 --epochs 1 --queries 128 --sample-batch 64".split()
+LARGE = "--T 6 --tau0 4 --skip-last 0 --epochs 1 --queries 128".split()
 SWEEP = {"T": (14, 20, 40), "tau0": (5, 10, 14, 20), "branches": (2, 4, 8),
          "sample_batch": (8, 16, 32, 64, 128), "micro_batch": (2, 8, 16, 32, 64, 128)}  # fmt: skip
 PEER_BATCHES = (8, 16, 32, 64)  # sample and micro batch tried for the best setting of each
@@ -281,33 +282,32 @@ def grown(folder, out, factor=3.2):
     return str(out)
 
 
+def lora_apart(layer, x):
+    """The LoRA layer as two products, W x + B (A x), in every precision."""
+    low = torch.nn.functional.linear(x.float(), layer.down)
+    return layer.base(x) + torch.nn.functional.linear(low, layer.up).to(x.dtype)
+
+
 def variants(flags, repeats):
     """(v) UNet calls at the default's batch sizes under each option: its time over the default's."""
-    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+    from diffusers.models.attention_processor import AttnProcessor
 
-    def change(name, s):
-        if name in ("plain attention", "fused attention"):
-            kind = AttnProcessor if name == "plain attention" else AttnProcessor2_0
-            s.model.unet.set_attn_processor(kind())
-        elif name == "channels_last":
-            s.model.unet.to(memory_format=torch.channels_last)
-        elif name == "torch.compile":
-            s.model.unet.compile()
-        return s
-
-    names = ("default", "plain attention", "fused attention", "channels_last", "bfloat16",
-             "torch.compile", "bfloat16, torch.compile", "one thread")  # fmt: skip
-    made = {}
-    for name in names:
-        s = setup([*flags, *(["--precision", "bf16"] if "bfloat16" in name else [])])
-        made[name] = change(name.split(", ")[-1], s)
+    given = {"channels_last": ["--channels-last"], "bfloat16": ["--precision", "bf16"],
+             "torch.compile": ["--compile"],
+             "bfloat16, torch.compile": ["--precision", "bf16", "--compile"]}  # fmt: skip
+    names = ("default", "plain attention", "LoRA apart", *given, "freed memory handed back",
+             "one thread")  # fmt: skip
+    made = {name: setup([*flags, *given.get(name, [])]) for name in names}
+    made["plain attention"].model.unet.set_attn_processor(AttnProcessor())
+    for layer in lora_layers(made["LoRA apart"].model.unet).values():
+        layer.forward = functools.partial(lora_apart, layer)
     threads = torch.get_num_threads()
 
-    def alone(call):
+    def between(first, call, last):
         def run():
-            torch.set_num_threads(1)
+            first()
             call()
-            torch.set_num_threads(threads)
+            last()
 
         return run
 
@@ -315,7 +315,13 @@ def variants(flags, repeats):
     for phase, seen in (("forward", {"decode": [], "reward": []}), ("forward + backward", None)):
         size = base.micro_batch if seen is None else base.sample_batch
         calls = {n: bare(s, [2 * size], seen) for n, s in made.items()}
-        log = interleave(calls | {"one thread": alone(calls["one thread"])}, repeats)
+        calls["one thread"] = between(lambda: torch.set_num_threads(1), calls["one thread"],
+                                      lambda: torch.set_num_threads(threads))  # fmt: skip
+        # where glibc's own thresholds end up, since they grow with what is freed
+        calls["freed memory handed back"] = between(
+            lambda: runs.keep_freed_memory(2**26, 2**25), calls["freed memory handed back"],
+            runs.keep_freed_memory)  # fmt: skip
+        log = interleave(calls, repeats)
         for row in rows:
             row[f"{phase} / default"] = ratio_interval(log[row["option"]], log["default"])
     return rows

@@ -61,8 +61,8 @@ def add_flags(add):
         "the device while the UNet trains")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the UNet: minutes at the start, then "
         "faster calls; needs a C++ compiler on the CPU")  # fmt: skip
-    add("--channels-last", action="store_true", help="the UNet's other memory format: faster for "
-        "some models and machines, slower for others")  # fmt: skip
+    add("--channels-last", action="store_true", help="the other memory format of UNet and VAE: "
+        "faster for some models and machines, slower for others")  # fmt: skip
     add("--out", help="run folder (default runs/<model>-<reward>-<prompts>-<method>-seed<seed>)")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
     add("--tensorboard", action="store_true", help="write the metrics for TensorBoard as well")
@@ -270,16 +270,16 @@ def load_pipeline(model, dtype=torch.float32):
     return pipe
 
 
-def keep_freed_memory():
-    """Let the C library keep the memory of freed tensors, where it has that choice (glibc).
+def keep_freed_memory(trim=2**31 - 1, mmap=2**30):
+    """Let the C library keep up to `trim` bytes of freed tensors, where it has the choice (glibc).
 
-    By default it hands large blocks back to the system, which clears their pages again one by one
-    at the next touch: a fifth of the training time on a CPU.
+    By default it hands them back to the system, which clears their pages anew at the next touch,
+    one by one. `mmap`: from this size on a tensor gets its own pages, which are never kept.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # older ones take no more
+        mallopt(trim_threshold, trim)
+        mallopt(mmap_threshold, mmap) or mallopt(mmap_threshold, 2**25)  # older ones take no more
 
 
 def load_model(args, device):
@@ -315,8 +315,8 @@ def load_model(args, device):
         pipe.unet.compile()
         if device.type == "cpu":  # out of plain attention the compiler makes faster code
             pipe.unet.set_attn_processor(AttnProcessor())
-    if args.channels_last:
-        pipe.unet.to(memory_format=torch.channels_last)
+    for part in (pipe.unet, pipe.vae) if args.channels_last else ():
+        part.to(memory_format=torch.channels_last)
     return Model(pipe, schedule, device, tiny_folder(args.model), {}, args.image_size)
 
 
@@ -635,8 +635,8 @@ def init_processes(device):
 
 
 def parts(tensor, size):
-    """`tensor.split(size)`, but no part at all of an empty tensor."""
-    return tensor.split(size) if len(tensor) else ()
+    """`tensor` in few parts of at most `size`, about equally long; none of an empty tensor."""
+    return tensor.chunk(math.ceil(len(tensor) / size)) if len(tensor) else ()
 
 
 def all_sum(tensor, device):
