@@ -1,6 +1,10 @@
 """Memory, image size, formats and the folder of a run: what real Stable Diffusion needs."""
 
 import json
+import platform
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,6 +203,23 @@ def test_a_run_of_an_earlier_version_resumes(command, tmp_path):
     assert args.image_size is None and args.rounds == 2 and args.offload is False
     folder, lines = command(want, resume=True)
     assert len(lines) == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_is_kept():
+    """320 MB made anew three times touch few new pages; by default 80,000 or more."""
+    code = """
+import resource, torch, runs
+runs.keep_freed_memory()
+def touched():
+    tensors = [torch.ones(2**22) for _ in range(20)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults = [touched() for _ in range(4)]
+print(faults[-1] - faults[0])
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=runs.HERE, text=True, check=True,
+                         capture_output=True).stdout  # fmt: skip
+    assert int(out) < 320 * 2**20 / resource.getpagesize() / 2
 
 
 @pytest.mark.parametrize("option", ["compile", "channels_last"])
