@@ -1,8 +1,8 @@
 """Memory, image size, formats and the folder of a run: what real Stable Diffusion needs."""
 
 import json
+import mmap
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -219,7 +219,7 @@ print(faults[-1] - faults[0])
 """
     out = subprocess.run([sys.executable, "-c", code], cwd=runs.HERE, text=True, check=True,
                          capture_output=True).stdout  # fmt: skip
-    assert int(out) < 320 * 2**20 / resource.getpagesize() / 2
+    assert int(out) < 320 * 2**20 / mmap.PAGESIZE / 2
 
 
 @pytest.mark.parametrize("option", ["compile", "channels_last"])
