@@ -61,6 +61,7 @@ SWEEP = {"T": (14, 20, 40), "tau0": (5, 10, 14, 20), "branches": (2, 4, 8),
          "sample_batch": (8, 16, 32, 64, 128), "micro_batch": (2, 8, 16, 32, 64, 128)}  # fmt: skip
 PEER_BATCHES = (8, 16, 32, 64)  # sample and micro batch tried for the best setting of each
 PAPER_BATCHES = (8, 2)  # Table 6
+HAND_BACK = "--hand-back"  # tells a worker to leave the C library as it is
 MB = 2**20
 
 # ---------------------------------------------------------------- time, memory, intervals
@@ -302,34 +303,36 @@ def variants(flags, repeats):
         layer.forward = functools.partial(lora_apart, layer)
     threads = torch.get_num_threads()
 
-    def between(first, call, last, times=1):
+    def alone(call):
         def run():
-            first()
-            for _ in range(times):
-                call()
-            last()
+            torch.set_num_threads(1)
+            call()
+            torch.set_num_threads(threads)
 
         return run
 
-    back = "freed memory handed back"
-    rows, base = [{"option": name} for name in (*names[1:], back)], made["default"].args
+    rows, base = [{"option": name} for name in names[1:]], made["default"].args
     for phase, seen in (("forward", {"decode": [], "reward": []}), ("forward + backward", None)):
         size = base.micro_batch if seen is None else base.sample_batch
         calls = {n: bare(s, [2 * size], seen) for n, s in made.items()}
-        calls["one thread"] = between(lambda: torch.set_num_threads(1), calls["one thread"],
-                                      lambda: torch.set_num_threads(threads))  # fmt: skip
-        log = interleave(calls, repeats)
-        for row in rows[:-1]:
+        log = interleave(calls | {"one thread": alone(calls["one thread"])}, repeats)
+        for row in rows:
             row[f"{phase} / default"] = ratio_interval(log[row["option"]], log["default"])
-        # apart from the others, whose memory it would hand back; to where glibc's own thresholds
-        # end up, since they grow with what is freed. The first of four calls finds what the last
-        # function left, so the difference is understated
-        log = interleave({
-            "kept": between(runs.keep_freed_memory, calls["default"], lambda: None, 4),
-            back: between(lambda: runs.keep_freed_memory(2**26, 2**25), calls["default"],
-                          runs.keep_freed_memory, 4)}, repeats)  # fmt: skip
-        rows[-1][f"{phase} / default"] = ratio_interval(log[back], log["kept"])
     return rows
+
+
+def freed_memory(flags, repeats):
+    """(v) Rounds where the C library hands freed memory back, as it does by default, over ours."""
+    workers = {name: Worker("--as-worker", [*INTERVAL, *flags, *more])
+               for name, more in (("kept", []), ("handed back", [HAND_BACK]))}  # fmt: skip
+    turns = [{name: w.round() for name, w in workers.items()} for _ in range(repeats + 1)][1:]
+    for worker in workers.values():
+        worker.close()
+    ratio = {phase: ratio_interval([t["handed back"][phase] for t in turns],
+                                   [t["kept"][phase] for t in turns])
+             for phase in ("sampling", "training")}  # fmt: skip
+    peaks = {f"MB peak, {name}": max(t[name]["peak"] for t in turns) // MB for name in workers}
+    return [ratio | peaks]
 
 
 # ---------------------------------------------------------------- (b) phases, (c) counts
@@ -434,7 +437,9 @@ def serve(start, setting):
 
 
 def start_ours(flags, _):
-    s = setup(flags, free=True)
+    if HAND_BACK in flags:
+        runs.keep_freed_memory = lambda: None
+    s = setup([flag for flag in flags if flag != HAND_BACK], free=True)
     return lambda: {"kept": len(one_round(s)[2])} | s.log
 
 
@@ -773,6 +778,7 @@ def main(argv=None):
         show("(m) Memory of a training step", memory_held(setup(flags)))
     if "variants" in parts:
         show("(v) UNet calls under one option", variants(flags, args.repeats))
+        show("(v) A round, freed memory handed back / kept", freed_memory(few, args.repeats))
     if "ratio" in parts:
         show("(r) |log p/p_old| before the first update", first_ratio(flags))
     if "peer" in parts:
