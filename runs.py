@@ -270,16 +270,16 @@ def load_pipeline(model, dtype=torch.float32):
     return pipe
 
 
-def keep_freed_memory(trim=2**31 - 1, mmap=2**30):
-    """Let the C library keep up to `trim` bytes of freed tensors, where it has the choice (glibc).
+def keep_freed_memory():
+    """Let the C library keep the memory of freed tensors, where it has the choice (glibc).
 
     By default it hands them back to the system, which clears their pages anew at the next touch,
-    one by one. `mmap`: from this size on a tensor gets its own pages, which are never kept.
+    one by one. Tensors of a GB and more still get their own pages, which are never kept.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(trim_threshold, trim)
-        mallopt(mmap_threshold, mmap) or mallopt(mmap_threshold, 2**25)  # older ones take no more
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # older ones take no more
 
 
 def load_model(args, device):
