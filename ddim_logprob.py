@@ -2,22 +2,27 @@
 
     symbol       paper                          here
     T            denoising steps, 20            `schedule.T`
-    t            time: T (noise) .. 1           `t`: (B,) long, paper time, never an array offset
+    t            time: T (noise) .. 1           `t`: (B,) long, never an array offset
     x_t          state, Eq. 3                   `x_t`: (B, C, h, w) float32 latents
     a_t          action = x_{t-1}               `x_prev`: (B, C, h, w)
-    c            prompt                         `cond`, `uncond`: (B, L, d) and (1, L, d) embeddings
+    c            prompt                         `cond` (B, L, d), `uncond` (1, L, d)
     mu_theta     mean, Eq. 1                    `mu`
     sigma_t      standard deviation, Eq. 1      `sigma`; the covariance is sigma_t^2 I
 
 Departures from the paper's letter
-    [ddpo] log p is AVERAGED over the D = C*h*w dimensions of a latent, not summed: a summed ratio
-        overflows (1.01 ** 16384 at SD's size). It ties the clip range to D: see `b2rl.py`.
-    [ours] every draw of noise comes from a generator keyed by (seed, round, root, branch), never
-        from a global stream: a run does not depend on batch size or on the number of processes,
-        and resuming needs no random state.
-    [ours] latents and log-probabilities are float32 in every precision. If x_{t-1} were stored in
-        half precision after log p was taken, its rounding (3e-3 in bf16) would exceed the clip
-        range, as the last steps have sigma of 0.02..0.04, and the first ratio would not be 1.
+    [ddpo] log p is AVERAGED over the D = C*h*w dimensions of a latent, not summed: a
+    summed ratio
+        overflows (1.01 ** 16384 at SD's size). It ties the clip range to D: see
+        `b2rl.py`.
+    [ours] every draw of noise comes from a generator keyed by (seed, round, root,
+    branch), never
+        from a global stream: a run does not depend on batch size or on the number of
+        processes, and resuming needs no random state.
+    [ours] latents and log-probabilities are float32 in every precision. If x_{t-1} were
+    stored in
+        half precision after log p was taken, its rounding (3e-3 in bf16) would exceed
+        the clip range, as the last steps have sigma of 0.02..0.04, and the first ratio
+        would not be 1.
 """
 
 import hashlib
@@ -43,26 +48,27 @@ class Schedule:
 
 
 def make_schedule(scheduler, T=20, eta=1.0):
-    """DDIM's noise levels for T steps out of a diffusers `DDIMScheduler` (Table 6: T 20, eta 1).
+    """DDIM's noise levels for T steps of a diffusers `DDIMScheduler` (T 20, eta 1: Table 6).
 
-    This is the one place where paper time meets the scheduler's timesteps: timesteps[0] is the
-    noisiest, so t = T - i.
-    Raises ValueError where the step would not be a Gaussian with positive sigma.
+    This is the one place where paper time meets the scheduler's timesteps: timesteps[0]
+    is the noisiest, so t = T - i. Raises ValueError where the step would not be a
+    Gaussian with positive sigma.
     """
     config = scheduler.config
     if config.clip_sample or config.thresholding:
-        raise ValueError("clip_sample and thresholding must be off: a clipped step is no Gaussian")
+        raise ValueError("clip_sample, thresholding must be off: no Gaussian is clipped")
     if config.prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"prediction_type {config.prediction_type!r} is not supported")
-    if config.timestep_spacing not in ("leading", "trailing"):  # linspace steps are not a chain
-        raise ValueError(f"timestep_spacing {config.timestep_spacing!r}: use leading or trailing")
+    spacing = config.timestep_spacing
+    if spacing not in ("leading", "trailing"):  # linspace steps are not a chain
+        raise ValueError(f"timestep_spacing {spacing!r}: use leading or trailing")
     scheduler.set_timesteps(T)
-    timestep = torch.cat([torch.zeros(1, dtype=torch.long), scheduler.timesteps.flip(0).cpu()])
+    timestep = torch.cat([torch.tensor([0]), scheduler.timesteps.flip(0).cpu()])
     alpha_bar = scheduler.alphas_cumprod.double().cpu()[timestep]
     alpha_bar[0] = scheduler.final_alpha_cumprod.double()
     sigma = torch.zeros(T + 1, dtype=torch.float64)
-    ratio = alpha_bar[1:] / alpha_bar[:-1]
-    sigma[1:] = eta * ((1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * (1 - ratio)).sqrt()  # DDIM (16)
+    now, then = alpha_bar[1:], alpha_bar[:-1]
+    sigma[1:] = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()  # DDIM, Eq. 16
     if not bool((sigma[1:] > 0).all()):
         raise ValueError(
             "sigma is 0 at some step, so its log-probability is NaN: eta must be above 0 and the "
@@ -71,9 +77,10 @@ def make_schedule(scheduler, T=20, eta=1.0):
     return Schedule(T, alpha_bar, sigma, timestep, config.prediction_type)
 
 
-def at(values, t, like):
+def at_time(values, t, like):
     """values[t] (paper time) as a float32 (B, 1, 1, 1) tensor on `like`'s device."""
-    return values[t.cpu()].to(like.device, torch.float32).view(-1, *[1] * (like.dim() - 1))
+    at_t = values[t.cpu()].to(like.device, torch.float32)
+    return at_t.view(-1, *[1] * (like.dim() - 1))
 
 
 def ddim_mean(schedule, prediction, x_t, t):
@@ -82,8 +89,8 @@ def ddim_mean(schedule, prediction, x_t, t):
     prediction, x_t: (B, C, h, w) float32; t: (B,) long paper time, mixed times allowed.
     Returns mu (B, C, h, w) and sigma_t (B, 1, 1, 1). [DDIM, Song et al., Eq. 12]
     """
-    a_t, a_prev = at(schedule.alpha_bar, t, x_t), at(schedule.alpha_bar, t - 1, x_t)
-    sigma = at(schedule.sigma, t, x_t)
+    a_t, a_prev = at_time(schedule.alpha_bar, t, x_t), at_time(schedule.alpha_bar, t - 1, x_t)
+    sigma = at_time(schedule.sigma, t, x_t)
     if schedule.prediction_type == "epsilon":
         eps = prediction
         x_0 = (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
@@ -94,34 +101,47 @@ def ddim_mean(schedule, prediction, x_t, t):
     return mu, sigma
 
 
+def step_factor(schedule):
+    """|d mu_t / d prediction| / sigma_t: how the schedule scales grad log p_t. (T + 1,) float64.
+
+    For eta 1 and epsilon it is sqrt((1 - a) / (a (1 - alpha_bar[t-1]))), a = alpha_bar[t] /
+    alpha_bar[t-1]: about 1, but 5.4 at t = 2 of Stable Diffusion's 20 steps. Entry 0 is unused.
+    """
+    a_t, a_prev, sigma = schedule.alpha_bar[1:], schedule.alpha_bar[:-1], schedule.sigma[1:]
+    slope = (1 - a_prev - sigma**2).clamp(min=0).sqrt() - (a_prev * (1 - a_t) / a_t).sqrt()
+    if schedule.prediction_type == "v_prediction":
+        slope = slope * a_t.sqrt()
+    return torch.cat([torch.ones(1, dtype=torch.float64), slope.abs() / sigma])
+
+
 def log_prob(x_prev, mu, sigma):
-    """log p_theta(x_{t-1} | x_t, c) of Eq. 1, averaged over the D dimensions [ddpo]: (B,)."""
-    log_p = -((x_prev - mu) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
-    return log_p.flatten(1).mean(1)
+    """log p_theta(x_{t-1} | x_t, c) of Eq. 1, averaged over D dimensions [ddpo]: (B,)."""
+    log_p = -((x_prev - mu) ** 2) / (2 * sigma**2) - sigma.log()
+    return (log_p - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
 
 
 def ddim_step(schedule, prediction, x_t, t, noise):
-    """One sampling step x_t -> x_{t-1} with `noise` (B, C, h, w), and its log-probability.
+    """A sampling step x_t -> x_{t-1} with `noise` (B, C, h, w), and its log-probability.
 
-    Training calls the same `ddim_mean` and `log_prob` on the stored x_{t-1} (`update_gradient` in
-    train.py). Returns x_prev (B, C, h, w) float32, log_p (B,).
+    Training calls the same `ddim_mean` and `log_prob` on the stored x_{t-1}. Returns
+    x_prev (B, C, h, w) float32, log_p (B,).
     """
     mu, sigma = ddim_mean(schedule, prediction.float(), x_t, t)
     x_prev = mu + sigma * noise
-    assert x_prev.dtype == x_t.dtype == torch.float32, "latents are stored in float32 (trap 2)"
+    assert x_prev.dtype == x_t.dtype == torch.float32, "latents are float32: see above"
     return x_prev, log_prob(x_prev, mu, sigma)
 
 
 def gaussian_kl(mu, mu_ref, sigma):
-    """KL(N(mu, sigma^2 I) || N(mu_ref, sigma^2 I)), averaged over D as log p is: (B,). Exact."""
+    """KL(N(mu, sigma^2 I) || N(mu_ref, sigma^2 I)), exact, averaged over D: (B,)."""
     return ((mu - mu_ref) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
 
 
 def guided_prediction(unet, schedule, x_t, t, cond, uncond, guidance):
-    """Classifier-free guidance: uncond + g * (cond - uncond), both halves in one UNet call.
+    """Classifier-free guidance, uncond + g * (cond - uncond), in one UNet call.
 
-    x_t: (B, C, h, w); t: (B,) paper time; cond: (B, L, d); uncond: (1, L, d).
-    Sampling and training both come here, so both use the same guided noise (Table 6: g = 5).
+    x_t: (B, C, h, w); t: (B,) paper time; cond: (B, L, d); uncond: (1, L, d). Sampling
+    and training both come here, so both use the same guided noise (Table 6: g = 5).
     Guidance 1 needs no unconditional half. Returns (B, C, h, w) float32.
     """
     timestep = schedule.timestep[t.cpu()].to(x_t.device)
@@ -129,19 +149,20 @@ def guided_prediction(unet, schedule, x_t, t, cond, uncond, guidance):
     if guidance == 1:
         return unet(x_in, timestep, cond, return_dict=False)[0].float()
     text = torch.cat([uncond.expand_as(cond), cond])
-    both = unet(torch.cat([x_in] * 2), torch.cat([timestep] * 2), text, return_dict=False)[0]
+    x_in, timestep = torch.cat([x_in] * 2), torch.cat([timestep] * 2)
+    both = unet(x_in, timestep, text, return_dict=False)[0]
     without, with_prompt = both.float().chunk(2)
     return without + guidance * (with_prompt - without)
 
 
 def keyed_generator(*key):
-    """A CPU generator for one key of ints and strings, e.g. (seed, round, root, branch)."""
+    """A CPU generator for a key of ints and strings, e.g. (seed, round, root, branch)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def keyed_noise(generators, shape, device):
-    """One standard normal (C, h, w) from each generator, drawn on the CPU: (B, C, h, w)."""
+    """A standard normal (C, h, w) of each generator, drawn on the CPU: (B, C, h, w)."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
@@ -149,10 +170,11 @@ def keyed_noise(generators, shape, device):
 def denoise(unet, schedule, x, start, stop, cond, uncond, guidance, generators, keep=False):
     """Steps t = start..stop+1 of the guided denoising loop, from x_start to x_stop.
 
-    x: (P, C, h, w). cond: (P, L, d). generators: P*K of them, K branches for each row of x in
-    turn. All branches of a root share x_start, so the first step needs one UNet call a root and
-    not K (trap 9). Returns x_stop (P*K, C, h, w); with `keep`, the trajectory as well:
-    states x_start..x_stop (P*K, start-stop+1, C, h, w) and log p of its steps (P*K, start-stop).
+    x: (P, C, h, w). cond: (P, L, d). generators: P*K of them, K branches for each row
+    of x in turn. All branches of a root share x_start, so the first step needs one UNet
+    call a root and not K. Returns x_stop (P*K, C, h, w); with `keep`, the
+    trajectory as well: states x_start..x_stop (P*K, start-stop+1, C, h, w) and log p of
+    its steps (P*K, start-stop).
     """
     branches, left = divmod(len(generators), len(x))
     assert left == 0, f"{len(generators)} generators for {len(x)} states: not a multiple"

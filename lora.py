@@ -1,10 +1,10 @@
 """LoRA by hand: y = (W + B A) x, only A and B train (Hu et al., [26] in the paper).
 
-    rank 4 on to_q, to_k, to_v, to_out of every attention of the UNet [official]; SD 1.x then has
-    797,184 trainable numbers. A ("down") is drawn from N(0, 1/rank), B ("up") is zero, so the
-    model starts as the base. Scale alpha/rank is 1. A and B stay float32 over a half-precision
-    UNet, and their product out of W, whose rounding would swallow it. No dropout: it would break
-    ratio 1 before the first update.
+    rank 4 on to_q, to_k, to_v, to_out of every attention of the UNet [official]; SD 1.x
+    then has 797,184 trainable numbers. A ("down") is drawn from N(0, 1/rank), B ("up")
+    is zero, so the model starts as the base. Scale alpha/rank is 1. A and B stay
+    float32 over a half-precision UNet, and their product out of W, whose rounding would
+    swallow it. No dropout: it would break ratio 1 before the first update.
 
 Files are safetensors with the names that diffusers' `load_lora_weights` reads:
 `unet.<module>.lora_A.weight` (rank, in) and `unet.<module>.lora_B.weight` (out, rank).
@@ -20,30 +20,31 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class LoRALinear(nn.Module):
-    """A frozen `nn.Linear` with a trainable low-rank addition; (..., in) -> (..., out)."""
+    """A frozen `nn.Linear` with a trainable low-rank part; (..., in) -> (..., out)."""
 
     def __init__(self, base, rank, generator=None):
         super().__init__()
         self.base, self.enabled = base, True
         down = torch.randn(rank, base.in_features, generator=generator) / rank**0.5
         self.down = nn.Parameter(down.to(base.weight.device))
-        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        up = torch.zeros(base.out_features, rank, device=base.weight.device)
+        self.up = nn.Parameter(up)
 
     def forward(self, x):
         base = self.base
         if not self.enabled:
             return base(x)
-        if base.weight.dtype == torch.float32:  # (W + B A) x: one pass over x and y, not three
+        if base.weight.dtype == torch.float32:  # (W + B A) x: one pass over x, not three
             return nn.functional.linear(x, base.weight + self.up @ self.down, base.bias)
-        low = nn.functional.linear(x.float(), self.down)  # W x + B (A x): (..., rank), float32
+        low = nn.functional.linear(x.float(), self.down)  # A x: (..., rank), float32
         return base(x) + nn.functional.linear(low, self.up).to(x.dtype)
 
 
 def inject_lora(unet, rank=4, targets=TARGETS, seed=0):
-    """Freeze `unet`, wrap its attention projections, return the trainable parameters by name.
+    """Freeze `unet`, wrap its attention projections, return the parameters by name.
 
-    The names are those of the file. Layers injected before are replaced. Raises ValueError if no
-    module matches.
+    The names are those of the file. Layers injected before are replaced. Raises
+    ValueError if no module matches.
     """
     remove_lora(unet)
     unet.requires_grad_(False)
@@ -80,7 +81,7 @@ def lora_parameters(unet):
 
 @contextlib.contextmanager
 def lora_off(unet):
-    """Inside, the UNet is the pre-trained model p_pre, bit for bit (Eq. 7's reference)."""
+    """Inside, the UNet is the pre-trained p_pre, bit for bit (reference of Eq. 7, 8)."""
     layers = lora_layers(unet).values()
     for layer in layers:
         layer.enabled = False
@@ -93,11 +94,12 @@ def lora_off(unet):
 
 def lora_state(unet):
     """A detached float32 CPU copy of the LoRA weights, as saved."""
-    return {k: v.detach().float().cpu().clone() for k, v in lora_parameters(unet).items()}
+    parameters = lora_parameters(unet).items()
+    return {name: p.detach().float().cpu().clone() for name, p in parameters}
 
 
 def webui_state(state):
-    """`lora_state` in the layout that AUTOMATIC1111, ComfyUI and others read (kohya's)."""
+    """`lora_state` under the names that AUTOMATIC1111, ComfyUI and others read."""
     from diffusers.utils import convert_state_dict_to_kohya
 
     converted = convert_state_dict_to_kohya(dict(state))
@@ -107,13 +109,12 @@ def webui_state(state):
 def load_lora(unet, state):
     """Copy `state` into the injected layers.
 
-    Raises ValueError naming the first difference if it belongs to another model, rank or target
-    list.
+    Raises ValueError naming the first difference if it belongs to another model, rank
+    or target list.
     """
     own = lora_parameters(unet)
-    missing, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or foreign:
-        raise ValueError(f"this LoRA is of another model: differs at {(missing + foreign)[0]}")
+    if differ := sorted(own.keys() ^ state.keys()):
+        raise ValueError(f"this LoRA is of another model: differs at {differ[0]}")
     for name, value in state.items():
         if value.shape != own[name].shape:
             raise ValueError(

@@ -1,36 +1,34 @@
 """Rewards r(x_0, c): how well a picture matches its prompt (Sec. 4.1, "Rewards").
 
-    name             what it is                                                    source
-    clip             cosine of CLIP's picture and text embeddings                  Sec. 4.1 (2)
-    bert             BERTScore recall of LLaVA's description against the prompt    Sec. 4.1 (1)
-    jpeg             minus the size in kB as a JPEG; needs no model, no prompt     DDPO
-    file.py:function your own; the file's code is run                              yours
+    name             what it is                                             source
+    clip             cosine of CLIP's picture and text embeddings           Sec. 4.1 (2)
+    bert             BERTScore recall of the prompt by LLaVA's description  Sec. 4.1 (1)
+    jpeg             minus the size in kB as a JPEG; no model, no prompt    DDPO
+    file.py:function your own; the file's code is run                       yours
 
-A reward is a function of pictures (B, 3, H, W), float32 in [0, 1] on the CPU, and B prompts; it
-returns B numbers, higher is better. `load_reward` makes one from its name. Your own, in full:
+A reward is a function of pictures (B, 3, H, W), float32 in [0, 1] on the CPU, and of B
+prompts. It returns B numbers, higher is better. `load_reward` makes one from its name.
+Your own, in full (`from rewards import to_pil` makes PIL pictures):
 
     # brightness.py, used as --reward brightness.py:score
     def score(images, prompts):
         return images.mean((1, 2, 3))
 
-Departures: [ours] DDPO sends LLaVA pictures as JPEG of quality 80, a detail of its server; here it
-sees the pictures as they are. [ours] LLaVA 1.5 [paper] where DDPO's server has an earlier one.
+Departures: [ours] DDPO sends LLaVA JPEGs of quality 80, a detail of its server; here it
+sees the pictures as they are. LLaVA 1.5 [paper]; DDPO's server has an earlier one.
 """
 
-import importlib.util
 import io
-import sys
-import traceback
-from pathlib import Path
+import os
 
 import torch
 
-from runs import Stop, die
+from own_reward import one_line, own_reward, split_name
+from processes import Stop, die
 
-# Sec. 4.1: ViT-H-14 CLIP; the weights are the authors' choice [official].
-CLIP_SD = ("ViT-H-14", "laion2b_s32b_b79k")
+CLIP_SD = ("ViT-H-14", "laion2b_s32b_b79k")  # Sec. 4.1; the weights [official]
 LLAVA = "llava-hf/llava-1.5-7b-hf"  # Sec. 4.1: LLaVA v1.5, 7B, half precision
-# Sec. 4.1: DeBERTa xlarge; DDPO's checkpoint, and the layer the bert-score package lists for it
+# Sec. 4.1: DeBERTa xlarge. DDPO's checkpoint, the layer that bert-score lists for it.
 DEBERTA = ("microsoft/deberta-xlarge-mnli", 40)
 QUESTION = "Answer concisely: what is going on in this image?"  # [ddpo]
 REFERENCE = "The image contains {}"  # [ddpo]
@@ -38,147 +36,136 @@ REWARDS = ("clip", "bert", "jpeg")
 
 
 def to_pil(images):
-    """Pictures (B, 3, H, W) in [0, 1] -> B PIL pictures of 8 bits a channel, as they are saved."""
-    from PIL import Image
+    """Pictures (B, 3, H, W) in [0, 1] -> B PIL pictures of 8 bits a channel, rounded."""
+    from torchvision.transforms.functional import to_pil_image
 
-    eight_bit = (images.detach().float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in eight_bit]
+    # Rounded first: of floats, to_pil_image cuts the rest off.
+    eight_bit = (images.detach().float().cpu() * 255).round().clamp(0, 255).byte()
+    return [to_pil_image(picture) for picture in eight_bit]
 
 
-class ClipScore:
-    """Cosine similarity of CLIP's picture and text embeddings, in [-1, 1] (Sec. 4.1 (2)).
+class ClipScore(torch.nn.Module):
+    """Cosine of CLIP's picture and text embeddings, in [-1, 1] (Sec. 4.1 (2)).
 
-    `name`, `pretrained` go to `open_clip.create_model_and_transforms`. The text embedding of a
-    prompt is computed once. `device` may be changed with `.to` while the UNet needs the memory.
+    `name`, `pretrained` go to `open_clip.create_model_and_transforms`. Each prompt is
+    embedded once. `.to(device)` moves the model while the UNet needs the memory.
     """
 
-    def __init__(self, name=CLIP_SD[0], pretrained=CLIP_SD[1], device="cpu", dtype=torch.float32):
+    def __init__(self, name, pretrained, device="cpu", dtype=torch.float32):
         import open_clip
 
+        super().__init__()
         self.model, _, self.transform = open_clip.create_model_and_transforms(
             name, pretrained=pretrained, device=device
         )
         self.model.eval().requires_grad_(False).to(dtype)
-        self.tokenizer = open_clip.get_tokenizer(name)
-        self.device, self.dtype, self.text = torch.device(device), dtype, {}
-
-    def to(self, device):
-        self.model.to(device)
-        self.device = torch.device(device)
-        return self
+        self.tokenizer, self.text = open_clip.get_tokenizer(name), {}
 
     @torch.no_grad()
     def embed_text(self, prompts):
         """B prompts -> unit embeddings (B, d) float32 on the CPU."""
-        for prompt in set(prompts) - self.text.keys():  # one by one: the same bits in any company
-            tokens = self.tokenizer([prompt]).to(self.device)
-            self.text[prompt] = self.model.encode_text(tokens, normalize=True)[0].float().cpu()
+        # One by one: the same bits in any company, as a resumed run needs.
+        for prompt in set(prompts) - self.text.keys():
+            tokens = self.tokenizer([prompt]).to(self.model.logit_scale.device)
+            embedded = self.model.encode_text(tokens, normalize=True)[0]
+            self.text[prompt] = embedded.float().cpu()
         return torch.stack([self.text[p] for p in prompts])
 
     @torch.no_grad()
     def embed_images(self, images, normalize=True, batch=64):
-        """(B, 3, H, W) in [0, 1] -> embeddings (B, d) float32 on the CPU, CLIP's own transform."""
+        """(B, 3, H, W) in [0, 1] -> (B, d) float32 on the CPU, with CLIP's transform."""
         out = []
         for part in images.split(batch):
             x = torch.stack([self.transform(picture) for picture in to_pil(part)])
-            x = x.to(self.device, self.dtype)
+            x = x.to(self.model.logit_scale)  # its device and dtype
             out.append(self.model.encode_image(x, normalize=normalize).float().cpu())
         return torch.cat(out)
 
-    def __call__(self, images, prompts):
+    def forward(self, images, prompts):
         return (self.embed_images(images) * self.embed_text(prompts)).sum(1)
 
 
-class BertRecall:
-    """BERTScore's recall of answers against references, by hand (Zhang et al. 2020; [ddpo]).
+class BertRecall(torch.nn.Module):
+    """BERTScore's recall of answers against references (Zhang et al. 2020; [ddpo]).
 
-    For each word piece of the reference, the largest cosine to a word piece of the answer; the
-    mean of these. As in the bert-score package's defaults, which DDPO uses: the embeddings are
-    those after the first `layers` layers, no idf, no rescaling by a baseline; [CLS] and [SEP] of
-    the reference do not count, those of the answer may be matched; an empty answer scores 0.
+    For each word piece of the reference, the largest cosine to a word piece of the
+    answer; the mean of these. As bert-score does by default, and so DDPO: embeddings after
+    `layers` layers, no idf, no rescaling by a baseline; the reference's [CLS] and [SEP] do
+    not count, the answer's may be matched; an empty answer scores 0.
     """
 
-    def __init__(self, name=DEBERTA[0], layers=DEBERTA[1], device="cpu"):
+    def __init__(self, name=DEBERTA[0], layers=DEBERTA[1]):
         from transformers import AutoModel, AutoTokenizer
 
+        super().__init__()
         self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = AutoModel.from_pretrained(name, dtype=torch.float32).eval()
-        self.model.requires_grad_(False)
-        have = len(self.model.encoder.layer)
-        assert 1 <= layers <= have, f"{name} has {have} layers, not {layers}"
-        self.model.encoder.layer = self.model.encoder.layer[:layers]  # the rest is not needed
-        self.to(device)
-
-    def to(self, device):
-        self.model.to(device)
-        self.device = torch.device(device)
-        return self
+        self.model = AutoModel.from_pretrained(name, dtype=torch.float32)
+        self.model.eval().requires_grad_(False)
+        blocks = self.model.encoder.layer
+        assert 1 <= layers <= len(blocks), f"{name} has {len(blocks)} layers"
+        self.model.encoder.layer = blocks[:layers]  # the rest is not needed
 
     @torch.no_grad()
     def embed(self, sentences):
-        """B sentences -> unit embeddings (B, L, d); masks (B, L): real pieces, counted pieces."""
-        tokens = self.tokenizer([s.strip() for s in sentences], padding=True, truncation=True,
-                                return_tensors="pt").to(self.device)  # fmt: skip
+        """B sentences -> unit embeddings (B, L, d); real and counted pieces (B, L)."""
+        text = [s.strip() for s in sentences]
+        tokens = self.tokenizer(text, padding=True, truncation=True, return_tensors="pt")
+        tokens = tokens.to(self.model.device)
         ids, real = tokens.input_ids, tokens.attention_mask.bool()
-        out = self.model(ids, attention_mask=tokens.attention_mask).last_hidden_state
-        special = (ids == self.tokenizer.cls_token_id) | (ids == self.tokenizer.sep_token_id)
-        return torch.nn.functional.normalize(out, dim=-1), real, real & ~special
+        x = self.model(ids, attention_mask=tokens.attention_mask).last_hidden_state
+        cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        counted = real & (ids != cls) & (ids != sep)
+        return torch.nn.functional.normalize(x, dim=-1), real, counted
 
-    def __call__(self, answers, references):
+    def forward(self, answers, references):
         """B answers, B references -> recall (B,) float32 on the CPU."""
         answer, real, said = self.embed(answers)
         reference, _, counted = self.embed(references)
         cosine = reference @ answer.transpose(1, 2)  # (B, L_reference, L_answer)
         best = cosine.masked_fill(~real[:, None, :], -torch.inf).max(2).values
         recall = (best * counted).sum(1) / counted.sum(1)
-        return recall.where(said.any(1), torch.zeros(())).cpu()
+        return recall.where(said.any(1), 0.0).cpu()
 
 
-class BertScore:
-    """LLaVA describes the picture, BERTScore's recall compares it with the prompt (Sec. 4.1 (1)).
+class BertScore(torch.nn.Module):
+    """LLaVA describes the picture; BERTScore's recall against the prompt (Sec. 4.1 (1)).
 
-    The reference is "The image contains {prompt}" [ddpo]; the answer is greedy, of at most 64
-    tokens [ddpo]. LLaVA runs in `dtype` (half precision [paper]), DeBERTa in float32 [ddpo].
-    `batch` pictures are described at once. `.to` moves both models.
+    The reference is "The image contains {prompt}" [ddpo]; the answer is greedy, of at
+    most 64 tokens [ddpo]. LLaVA runs in `dtype` (half precision [paper]), DeBERTa in
+    float32 [ddpo]. `.to(device)` moves both.
     """
 
-    def __init__(self, llava=LLAVA, deberta=DEBERTA[0], layers=DEBERTA[1], device="cpu",
-                 dtype=torch.float16, batch=16, max_new_tokens=64):  # fmt: skip
+    batch, max_new_tokens = 16, 64  # pictures described at once; [ddpo]
+
+    def __init__(self, llava=LLAVA, deberta=DEBERTA, device="cpu", dtype=torch.float16):
         from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+        super().__init__()
         self.processor = AutoProcessor.from_pretrained(llava)
-        self.processor.tokenizer.padding_side = "left"  # answers start where the question ends
-        self.llava = LlavaForConditionalGeneration.from_pretrained(llava, dtype=dtype).eval()
-        self.llava.requires_grad_(False)
-        self.recall = BertRecall(deberta, layers, device)
-        self.dtype, self.batch, self.max_new_tokens = dtype, batch, max_new_tokens
+        self.llava = LlavaForConditionalGeneration.from_pretrained(llava, dtype=dtype)
+        self.llava.eval().requires_grad_(False)
+        self.recall = BertRecall(*deberta)
         self.to(device)
-
-    def to(self, device):
-        self.llava.to(device)
-        self.recall.to(device)
-        self.device = torch.device(device)
-        return self
 
     @torch.no_grad()
     def describe(self, images):
         """(B, 3, H, W) in [0, 1] -> B answers to `QUESTION`, in LLaVA 1.5's chat format."""
-        answers = []
+        answers, limit = [], self.max_new_tokens
         for part in images.split(self.batch):
-            inputs = self.processor(
-                images=to_pil(part), text=[f"USER: <image>\n{QUESTION} ASSISTANT:"] * len(part),
-                return_tensors="pt", padding=True).to(self.device, self.dtype)  # fmt: skip
-            out = self.llava.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+            text = [f"USER: <image>\n{QUESTION} ASSISTANT:"] * len(part)  # needs no padding
+            inputs = self.processor(to_pil(part), text, return_tensors="pt")
+            inputs = inputs.to(self.llava.device, self.llava.dtype)
+            out = self.llava.generate(**inputs, max_new_tokens=limit, do_sample=False)
             said = out[:, inputs["input_ids"].shape[1] :]  # what follows the question
-            answers += self.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+            answers += self.processor.batch_decode(said, skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
-    def __call__(self, images, prompts):
+    def forward(self, images, prompts):
         return self.recall(self.describe(images), [REFERENCE.format(p) for p in prompts])
 
 
 def jpeg_reward(images, prompts):
-    """Compressibility: minus the size in kB (1000 bytes) as a JPEG of quality 95 [ddpo]. (B,)"""
+    """Compressibility: minus the kB (1000 bytes) as a JPEG of quality 95 [ddpo]. (B,)"""
     sizes = []
     for picture in to_pil(images):
         file = io.BytesIO()
@@ -187,82 +174,58 @@ def jpeg_reward(images, prompts):
     return torch.tensor(sizes)
 
 
-def split_name(name):
-    """"path/file.py:function" -> (path, function), or None for the name of a built-in reward."""
-    path, colon, function = name.rpartition(":")
-    return (Path(path), function) if colon and path.endswith(".py") else None
-
-
 def check_reward_name(name):
     """What is wrong with --reward `name`, one line, or None. Loads and runs nothing."""
     own = split_name(name)
     if own is None:
-        return None if name in REWARDS else (
-            f"unknown --reward {name}: one of {', '.join(REWARDS)}, or your own as file.py:function"
-        )  # fmt: skip
-    if not own[0].is_file():
-        return f"--reward {name}: there is no file {own[0]}"
-    return None if own[1].isidentifier() else f"--reward {name}: {own[1]!r} is no function's name"
+        known = f"one of {', '.join(REWARDS)}, or your own as file.py:function"
+        return None if name in REWARDS else f"unknown --reward {name}: {known}"
+    path, function = own
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        return f"--reward {name}: there is no file {path}"
+    if not function.isidentifier():
+        return f"--reward {name}: {function!r} is no function's name"
+    return None
 
 
-def own_reward(name):
-    """The function of --reward file.py:function. This runs the file's code.
-
-    Ends with one line if the file does not run or has no such function.
-    """
-    path, function = split_name(name)
-    spec = importlib.util.spec_from_file_location(f"own_reward_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickles look their module up
+def reward_source(name):
+    """The text of the file of --reward file.py:function; "" for a built-in reward."""
+    own = split_name(name)
     try:
-        spec.loader.exec_module(module)
-    except Exception as problem:
-        die(f"reward {name}: {told(problem, path)}")
-    if not callable(getattr(module, function, None)):
-        die(f"reward {name}: {path} has no function {function}")
-    return getattr(module, function)
-
-
-def told(problem, path=None):
-    """An exception in one line, with its line number in the file `path` if it went through it."""
-    lines = [f.lineno for f in traceback.extract_tb(problem.__traceback__)
-             if path is not None and Path(f.filename).name == path.name]  # fmt: skip
-    first = (str(problem).strip().splitlines() or ["no message"])[0][:200]
-    return f"{type(problem).__name__}: {first}" + (f" (line {lines[-1]})" if lines else "")
+        return own[0].read_bytes().decode(errors="backslashreplace") if own else ""
+    except OSError as problem:
+        die(f"reward {name}: cannot read {own[0]} ({problem.strerror})")
 
 
 def checked(reward, name):
     """`reward`, with its answer checked: a (B,) float32 CPU tensor of finite numbers.
 
-    Raises `runs.Stop` naming the reward if it raises, and for a wrong shape; for NaN or infinity
-    naming the prompt too. `.model` is the reward itself, `.to(device)` moves its models if any.
+    It gets copies, and its answer is copied. Raises `Stop` naming the reward if it raises
+    or returns anything else, and naming the prompt for NaN or infinity. `.model` is the
+    reward itself, `.to(device)` moves its models if any.
     """
-    own = split_name(name)
 
     def call(images, prompts):
         try:
-            scores = reward(images, prompts)
-        except (Stop, torch.OutOfMemoryError):  # the latter says more itself
+            answer = reward(images.clone(), list(prompts))
+        except (Stop, torch.OutOfMemoryError):  # they say more themselves
             raise
         except Exception as problem:
-            raise Stop(f"reward {name} raised {told(problem, own and own[0])}") from problem
+            raise Stop(f"reward {name} raised {one_line(problem)}") from problem
+        found = f"a {type(answer).__name__}"
         try:
-            scores = torch.as_tensor(scores).detach().float().cpu()
-        except (TypeError, ValueError, RuntimeError):
-            raise Stop(
-                f"reward {name} returned a {type(scores).__name__}: it must return one number a "
-                f"picture, as a tensor, an array or a list"
-            ) from None
-        if scores.shape != (len(prompts),):
-            raise Stop(
-                f"reward {name} returned shape {tuple(scores.shape)} for {len(prompts)} pictures: "
-                f"it must return one number a picture"
-            )
-        bad = (~scores.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            raise Stop(
-                f"reward {name} returned {scores[bad[0]]} for the prompt {prompts[bad[0]]!r}"
-            )
+            scores = torch.as_tensor(answer).detach()
+            found += f" of {scores.dtype}, shape {tuple(scores.shape)}"
+            if scores.is_complex() or scores.shape != (len(prompts),):
+                raise ValueError
+            scores = scores.to("cpu", torch.float32, copy=True)
+            finite = scores.isfinite().tolist()
+        except Exception:  # torch has many kinds for what is no list of numbers
+            wanted = f"{len(prompts)} numbers (tensor, array or list), one a picture"
+            raise Stop(f"reward {name} returned {found}: it must return {wanted}") from None
+        if False in finite:
+            bad = finite.index(False)
+            raise Stop(f"reward {name} returned {scores[bad]} for the prompt {prompts[bad]!r}")
         return scores
 
     call.model = reward
@@ -271,7 +234,7 @@ def checked(reward, name):
 
 
 def load_reward(name, tiny=None, device="cpu", dtype=torch.float32):
-    """The reward called `name`, checked. `tiny` is the bundled model's folder if that is trained.
+    """The reward called `name`, checked. `tiny`: the folder of the bundled model, if used.
 
     Ends with one line for an unknown name or a model that can not be loaded.
     """
@@ -287,8 +250,9 @@ def load_reward(name, tiny=None, device="cpu", dtype=torch.float32):
             return checked(BertScore(device=device, dtype=half), name)
         if tiny is not None:
             return checked(ClipScore(f"local-dir:{tiny}/clip", None, device), name)
-        return checked(ClipScore(device=device, dtype=dtype), name)
-    except (OSError, ValueError, RuntimeError) as problem:  # hub errors are OSErrors
-        if isinstance(problem, torch.OutOfMemoryError):
-            raise
-        die(f"cannot load the model of reward {name} ({told(problem)}): is the hub reachable?")
+        return checked(ClipScore(*CLIP_SD, device, dtype), name)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:  # the hub's errors, a missing or damaged file
+        reason = one_line(problem)
+        die(f"cannot load the model of reward {name} ({reason}): is the hub reachable?")

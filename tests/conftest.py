@@ -1,7 +1,9 @@
 """A pipeline of random weights with the classes of Stable Diffusion, and helpers on it."""
 
 import contextlib
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,44 +14,72 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
-
-
-def pytest_addoption(parser):
-    parser.addoption("--full-size", action="store_true", help="a round of the full-size Stable "
-                     "Diffusion 1.4 and ViT-H-14 with random weights: 16 GB of memory, minutes")
-    parser.addoption("--kills", type=int, default=2, help="SIGKILLs of the run in test_kills.py")
-
-
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub client is imported
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full-size",
+        action="store_true",
+        help="a round of the full-size Stable Diffusion 1.4 and ViT-H-14 with random weights: "
+        "16 GB of memory, minutes",
+    )
+    parser.addoption("--kills", type=int, default=2, help="SIGKILLs of the run in test_kills.py")
+
+
+# ---------------------------------------------------------------- the random pipeline
+
+
 def make_pipeline(prediction_type="epsilon", seed=0):
-    """A random `StableDiffusionPipeline`: 4x8x8 latents, 32x32 pictures, 0.5 M parameters."""
-    from diffusers import (
-        AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel,
-    )  # fmt: skip
+    """A random `StableDiffusionPipeline`: 4x8x8 latents, 32x32 pictures, 0.2 M parameters."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
-    tokenizer = CLIPTokenizer(vocab={w: n for n, w in enumerate(words)}, merges=[],
-                              model_max_length=12)  # fmt: skip
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=12, bos_token_id=0, eos_token_id=1))
+    vocabulary = {w: n for n, w in enumerate(words)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    text = CLIPTextModel(config)
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=32, attention_head_dim=2)
-    vae = AutoencoderKL(block_out_channels=(8, 8, 8), norm_num_groups=4,
-                        down_block_types=("DownEncoderBlock2D",) * 3,
-                        up_block_types=("UpDecoderBlock2D",) * 3)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                              clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-                              prediction_type=prediction_type)
-    return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None,
-                                   requires_safety_checker=False)  # fmt: skip
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    return StableDiffusionPipeline(
+        vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
 
 
 @pytest.fixture(scope="session")
@@ -61,20 +91,33 @@ def random_folder(tmp_path_factory):
 
 
 def load_args(folder, precision="fp32", T=20, **more):
-    """What `runs.load_model` reads of the flags."""
-    given = dict(model=str(folder), precision=precision, T=T, eta=1.0, image_size=None,
-                 prediction_type=None, checkpointing=False, compile=False,
-                 channels_last=False)  # fmt: skip
+    """What `model.load_model` reads of the flags."""
+    given = dict(model=str(folder), precision=precision, T=T, eta=1.0, guidance=5.0)
+    given |= dict(image_size=None, prediction_type=None, sample_batch=8, decode_batch=8)
+    given |= dict(checkpointing=False, compile=False, channels_last=False)
     return SimpleNamespace(**given | more)
 
 
 @pytest.fixture
 def model(random_folder):
     """The random pipeline, loaded as `train.py` loads it, in float32 on the CPU."""
-    import runs
+    from model import load_model
 
-    args = load_args(random_folder)
-    return runs.load_model(args, torch.device("cpu"))
+    return load_model(load_args(random_folder), torch.device("cpu"))
+
+
+def make_small(T=6, prediction_type="epsilon", **more):
+    """The random pipeline as `load_model` would return it, T steps, straight from memory.
+
+    more: fields of `model.Model`, e.g. guidance or sample_batch.
+    """
+    from ddim_logprob import make_schedule
+    from model import Model
+
+    pipe = make_pipeline(prediction_type)
+    for network in (pipe.unet, pipe.vae, pipe.text_encoder):
+        network.eval().requires_grad_(False)
+    return Model(pipe, make_schedule(pipe.scheduler, T), torch.device("cpu"), **more)
 
 
 def randomise_lora(unet, scale=0.02, seed=1):
@@ -88,17 +131,6 @@ def randomise_lora(unet, scale=0.02, seed=1):
                 p.copy_(scale * torch.randn(p.shape, generator=generator))
 
 
-def make_small(T=6, prediction_type="epsilon"):
-    """The random pipeline as `runs.load_model` would return it, T steps, straight from memory."""
-    import runs
-    from ddim_logprob import make_schedule
-
-    pipe = make_pipeline(prediction_type)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.eval().requires_grad_(False)
-    return runs.Model(pipe, make_schedule(pipe.scheduler, T), torch.device("cpu"), None, {})
-
-
 @contextlib.contextmanager
 def count_unet_samples(unet):
     """Inside, the list yielded gets the batch size of each UNet call."""
@@ -108,3 +140,136 @@ def count_unet_samples(unet):
         yield seen
     finally:
         hook.remove()
+
+
+# ---------------------------------------------------------------- train.py on it
+
+
+def brightness(images, prompts):
+    """A reward that needs no model."""
+    return images.mean((1, 2, 3))
+
+
+def metrics(folder):
+    """The lines of a run's metrics.jsonl."""
+    text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def contents(folder):
+    """The bytes of every file of a run by name; of metrics.jsonl lines without seconds."""
+    files = {p.relative_to(folder): p for p in Path(folder).rglob("*") if p.is_file()}
+    found = {str(name): path.read_bytes() for name, path in files.items()}
+    found["metrics.jsonl"] = metrics(folder)
+    for line in found["metrics.jsonl"]:
+        line.pop("seconds")
+    return found
+
+
+def assert_same_run(one, two, but=()):
+    """Two runs hold the same files with the same bytes; `but`: names that may differ."""
+    first, second = contents(one), contents(two)
+    assert first.keys() == second.keys() and len(first) > 8
+    different = [name for name in first if first[name] != second[name] and name not in but]
+    assert not different
+
+
+def write_prompts(folder):
+    """A prompt file with two prompts to train on and an unseen one."""
+    path = Path(folder) / "prompts.txt"
+    path.write_text("[train]\na cat\na dog\n[unseen]\na bird\n", encoding="utf-8")
+    return path
+
+
+def run_flags(model, prompts, *flags):
+    """The flags of a small run on the random pipeline, as strings; the last of a flag counts."""
+    base = ["--model", model, "--device", "cpu", "--prompts", prompts, "--T", 6, "--tau0", 4]
+    base += ["--queries", 12, "--branches", 3, "--sample-batch", 12, "--micro-batch", 12]
+    base += ["--decode-batch", 12, "--lr", 1e-3, "--clip-range", 1e-2, "--update-size", 4]
+    return [str(flag) for flag in [*base, *flags]]
+
+
+@pytest.fixture
+def command(random_folder, tmp_path, monkeypatch):
+    """`train.main` on the random folder with brightness as reward; returns folder, metrics.
+
+    curves.png is not drawn.
+    """
+    import rewards
+    import train
+
+    prompts = write_prompts(tmp_path)
+
+    def go(out, *flags, reward=brightness, resume=False):
+        checked = rewards.checked(reward, "brightness")
+        monkeypatch.setattr(train, "load_reward", lambda *a, **k: checked)
+        monkeypatch.setattr(train, "plot_curves", lambda folder: None)  # half of a run's time
+        if resume:
+            argv = [str(flag) for flag in ["--resume", out, *flags]]
+        else:
+            argv = run_flags(random_folder, prompts, "--out", out, *flags)
+        folder = train.main(argv)
+        return folder, metrics(folder)
+
+    return go
+
+
+# Imports once, then forks for each line, a list of [flags, environment, code to begin with]
+SERVER = """
+import json, os, sys
+import diffusers, matplotlib.pyplot, torchvision, transformers
+import model, rewards, train
+
+diffusers.StableDiffusionPipeline, diffusers.AutoencoderKL, diffusers.UNet2DConditionModel
+transformers.CLIPTextModel, transformers.CLIPTokenizer
+train.load_reward = lambda *rest: rewards.checked(lambda x, p: x.mean((1, 2, 3)), "brightness")
+print("ready", flush=True)
+for line in sys.stdin:
+    children = []
+    for flags, environment, code in json.loads(line):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.environ |= environment
+            status = 1
+            try:
+                exec(code)
+                train.main(flags)
+                status = 0
+            finally:
+                os._exit(status)
+    print(json.dumps(children), flush=True)
+    ends = [os.waitpid(child, 0)[1] for child in children]
+    print(json.dumps([os.waitstatus_to_exitcode(end) for end in ends]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """`train.main` in processes of their own, with brightness as reward, without new imports.
+
+    start([flags, environment, code], ...) -> process ids, and a function that waits for their exit
+    codes (minus the signal that ended one); `start.errors` is the file of their stderr.
+    """
+    folder = tmp_path_factory.mktemp("server")
+    script, errors = folder / "server.py", folder / "errors.txt"
+    script.write_text(SERVER)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors.open("w"))
+    server = subprocess.Popen([sys.executable, str(script)], env=env, text=True, **pipes)
+
+    def answer():
+        line = server.stdout.readline()
+        assert line, errors.read_text()[-2000:]
+        return json.loads(line)
+
+    def go(*runs):
+        server.stdin.write(json.dumps(runs) + "\n")
+        server.stdin.flush()
+        return answer(), answer
+
+    assert server.stdout.readline() == "ready\n", errors.read_text()[-2000:]
+    go.errors = errors
+    yield go
+    server.stdin.close()
+    server.wait(timeout=60)

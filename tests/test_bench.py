@@ -1,27 +1,28 @@
-"""bench.py: counts equal the least, intervals against closed forms, parts on micro settings."""
+"""studies/bench.py: counts equal the least, intervals against closed forms, parts in small."""
 
-import json
 import math
-import mmap
-import os
 import random
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import randomise_lora
+from conftest import count_unet_samples, make_small
 
-import bench
+import run_folder
+import train
+from lora import inject_lora, lora_parameters
+from studies import bench
 
-FLAGS = "--device cpu --T 5 --tau0 3 --branches 3 --queries 12 --sample-batch 4 --micro-batch 3 " \
-        "--epochs 2 --update-size 5 --decode-batch 5 --threads 1"  # fmt: skip
+SMALL = "--device=cpu --T=4 --tau0=2 --branches=3 --queries=6 --sample-batch=6 --micro-batch=4 "
+SMALL += "--epochs=1 --update-size=4 --decode-batch=5 --threads=1 --threshold=0 --reward=jpeg"
 
 
 @pytest.fixture
 def flags(random_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n")
-    return ["--model", str(random_folder), "--prompts", str(prompts), *FLAGS.split()]
+    out = tmp_path / "no-run"
+    return [f"--model={random_folder}", f"--prompts={prompts}", f"--out={out}", *SMALL.split()]
 
 
 # ---------------------------------------------------------------- intervals
@@ -51,143 +52,135 @@ def test_ratio_interval_by_hand_and_by_coverage():
     assert 180 <= covered <= 198
 
 
-# ---------------------------------------------------------------- counts
+def test_interleave_takes_turns_and_drops_the_first():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    log = bench.interleave(calls, 2)
+    assert order == list("ababab") and {name: len(times) for name, times in log.items()} == {
+        "a": 2,
+        "b": 2,
+    }
 
 
-@pytest.mark.parametrize("method, extra", [
-    ("DDPO", bench.DDPO), ("B2", []), ("B2, tau = T", ["--tau0", "5"]),
-    ("B2, no guidance", ["--guidance", "1"]), ("B2, micro-batch 1", ["--micro-batch", "1"])])
-def test_counts_equal_the_least(flags, method, extra):  # fmt: skip
-    """Whatever the method and the batches: a micro-batch of one shares a pair's first step too."""
-    s = bench.setup([*flags, *extra])
-    randomise_lora(s.model.unet)
-    rows = bench.counts(s, method)
-    assert [row["phase"] for row in rows] == ["sampling", "training"]
+# ---------------------------------------------------------------- rounds under watch
+
+
+def test_watch_follows_rounds_that_leave_the_weights_alone(flags):
+    """All turns do the same work: tau stays, gradients are real, LoRA's up weights stay ~0."""
+    lines, original = [], (run_folder.append_metrics, train.load_model, train.score)
+
+    def pause(s):
+        lines.append(s.line)
+        return len(lines) == 3
+
+    s = bench.watch([*flags, "--tau0=2"], pause)
+    assert [line["round"] for line in lines] == [1, 2, 3] and {line["tau"] for line in lines} == {2}
+    assert all(line["grad_norm"] > 0 and line["updates"] > 0 for line in lines)
+    up = [v for k, v in lora_parameters(s.model.unet).items() if k.endswith("lora_B.weight")]
+    assert max(v.abs().max() for v in up) < 1e-9
+    assert len(s.kept) == s.line["kept"] and s.line["seconds"]["training"] > 0
+    assert original == (run_folder.append_metrics, train.load_model, train.score)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--queries=12 --threshold=0.5 --epochs=2",  # pairs and singles
+        "--guidance=1 --step-weight=rms",
+        "--micro-batch=1 --interval=forward",
+    ],
+)
+def test_counts_equal_the_least(flags, more):
+    """Whatever the method, the batches and the weights of the steps."""
+    rows = bench.counts([*flags, *more.split()])
+    assert [(row["method"], row["phase"]) for row in rows] == [
+        (method, phase) for method in ("DDPO", "B2", "B2") for phase in ("sampling", "training")
+    ]
+    assert [row["tau"] for row in rows] == [4, 4, 2, 2, 4, 4]
     for row in rows:
         assert row["measured"] == row["least"] > 0, row
 
 
 def test_least_by_hand(flags):
-    """T 5, tau 3, K 3, 4 roots: 2 + 1 + 3 * 2 a root; a pair 5, a single 3; x 2 for guidance."""
-    s = bench.setup(flags)
-    kept = torch.tensor([[0, 0, 1], [0, 0, 2], [3, 3, 0]])
-    assert bench.least(s, kept) == (2 * 4 * 9, 2 * 2 * (5 + 3))
-
-
-def test_training_leaves_the_weights_alone(flags):
-    """All turns do the same work: the learning rate is 0, and every update is a full step."""
-    s = bench.setup(flags)
-    before = {k: v.detach().clone() for k, v in s.lora.items()}
-    bench.one_round(s)
-    assert all(torch.equal(before[k], v) for k, v in s.lora.items())
-    assert any(v.grad is not None and v.grad.any() for v in s.lora.values())
+    """T 5, tau 3, K 3, 4 roots: 2 + 1 + 3 * 2 a root; 2 epochs of 3 steps; x 2 for guidance."""
+    cfg = train.parse_args([*flags, "--T=5", "--tau0=3", "--queries=12", "--epochs=2"])
+    kept = torch.tensor([[0, 0, 1], [0, 0, 2], [3, 3, 0]])  # a pair and a single
+    assert bench.least(cfg, kept) == (2 * 4 * 9, 2 * 2 * 9, pytest.approx(100 / 9))
+    alone = torch.tensor([[0, 0, 0], [1, 1, 0]])
+    assert bench.least(cfg, alone)[2] == 0
 
 
 # ---------------------------------------------------------------- parts
 
 
+def test_bare_makes_these_calls_and_no_others():
+    model = make_small()
+    inject_lora(model.unet)
+    decoded, scored, decode = [], [], model.pipe.vae.decode
+    reward = lambda images, prompts: scored.append((images.shape, len(prompts)))
+    s = SimpleNamespace(model=model, reward=reward, cfg=SimpleNamespace(decode_batch=3))
+    run = bench.bare(s, [4, 2, 4], False, 5)
+    model.pipe.vae.decode = lambda x, **o: decoded.append(len(x)) or decode(x, **o)
+    with count_unet_samples(model.unet) as seen:
+        run()
+    assert seen == [4, 2, 4] and decoded == [3, 2]
+    assert scored == [((3, 3, 32, 32), 3), ((2, 3, 32, 32), 2)]
+    assert all(p.grad is None for p in model.unet.parameters())
+    bench.bare(s, [2], True)()
+    assert any(p.grad is not None and p.grad.any() for p in model.unet.parameters())
+
+
+def test_cut():
+    assert [bench.cut(7, 3), bench.cut(6, 3), bench.cut(0, 3)] == [[3, 3, 1], [3, 3], []]
+
+
 def test_saved_bytes_counts_what_autograd_keeps(flags):
-    """It grows by the same amount with each sample."""
-    s = bench.setup(flags)
-    one, two, three = (bench.saved_bytes(s, n)[0] for n in (1, 2, 3))
+    """It grows by the same amount with each sample, and is less with checkpointing."""
+    model = bench.load_one(flags).model
+    (one, block), (two, _), (three, blocks) = (bench.saved_bytes(model, n) for n in (1, 2, 3))
     assert 0 < one < two and three - two == pytest.approx(two - one, rel=0.01)
+    assert 0 < block < blocks < three
+    model.unet.enable_gradient_checkpointing()
+    model.unet.train()
+    outer = [bench.saved_bytes(model, n)[0] for n in (1, 2)]
+    assert 0 < outer[1] - outer[0] < (two - one) / 2
 
 
-def test_memory_peak_falls_back_after_reset():
-    """A block of 200 MB shows in the peak until the next reset, not in what is held now."""
-    bench.memory("reset")
-    start = bench.memory("peak")
-    with mmap.mmap(-1, 200 * bench.MB) as block:  # not malloc's, which may keep what is freed
-        block.write(bytes(200 * bench.MB))
-    assert bench.memory("peak") - start > 150 * bench.MB
-    assert bench.memory("now") - start < 50 * bench.MB
-    if os.access("/proc/self/clear_refs", os.W_OK):
-        bench.memory("reset")
-        assert bench.memory("peak") - start < 50 * bench.MB
+def test_first_ratio_is_of_weights_that_are_not_zero(flags, monkeypatch):
+    found, watch = [], bench.watch
+    monkeypatch.setattr(bench, "DTYPES", {"fp32": torch.float32})
+    monkeypatch.setattr(bench, "watch", lambda *a: found.append(watch(*a)) or found[-1])
+    rows = bench.first_ratio(flags)
+    assert [row["shapes"] for row in rows] == ["equal", "other"]
+    for row, s in zip(rows, found):
+        assert float(row["max log ratio"]) < 1e-5 and s.line["kl_to_base"] > 0
+        assert s.line["updates"] == 1 and len(s.kept) >= 4
+    assert set(found[0].sizes["sampling"] + found[0].sizes["training"]) == {2}  # guidance
 
 
-def test_parts_run(flags, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "BATCHES", (4, 8))
-    monkeypatch.setattr(bench, "SWEEP", {"micro_batch": (2,)})
-    out = tmp_path / "bench.json"
-    bench.main(["--part", "overhead", "larger", "phases", "counts", "sweep", "memory", "--repeats", "2",
-                "--json", str(out), *flags, "--queries", "6", "--epochs", "1"])  # fmt: skip
-    results, printed = json.loads(out.read_text()), capsys.readouterr().out
-    for letter in "abcdm":
-        assert f"({letter})" in printed and any(k.startswith(f"({letter})") for k in results)
-    small, large = (rows for title, rows in results.items() if title.startswith("(a)"))
-    assert [row["phase"] for row in small] == [row["phase"] for row in large]
+def test_parts_run(flags, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "BATCHES", (4,))
+    found = {}
+    for name, part in bench.PARTS.items():
+        keep = lambda *a, name=name, part=part: found.setdefault(name, part(*a))
+        monkeypatch.setitem(bench.PARTS, name, keep)
+    parts = ["overhead", "larger", "phases", "memory"]
+    bench.main(["--part", *parts, "--repeats=1", *flags, "--queries=6"])
+    printed = capsys.readouterr().out
+    assert all(f"**{name}**" in printed for name in parts) and list(found) == parts
+    small, large = found["overhead"], found["larger"]
+    assert [row["phase"] for row in small + large] == ["sampling", "training"] * 2
     assert 5 < large[0]["UNet, M"] / small[0]["UNet, M"] < 20
     for row in small + large:
-        ratio, low, high = row["round / calls of its sizes"]
-        assert 0 < low <= ratio <= high
-    shares = next(rows for title, rows in results.items() if title.startswith("(b)"))
-    *parts, whole = (row["s a round"] for row in shares)
-    assert sum(parts) == pytest.approx(whole) and all(part >= 0 for part in parts)
+        assert row["s"] > 0 and 0 < row["over calls of its own sizes"][0] < math.inf
+        assert row["samples"] > row["calls"] > 0 and row["fastest size"] in (4, 8, 12)
+    *phases, whole = (row["s"] for row in found["phases"])
+    assert sum(phases) == pytest.approx(whole) and all(part > 0 for part in phases)
+    figures = [row["figure"] for row in found["memory"]]
+    assert len(figures) == 10 and all(figure > 0 for figure in figures)
 
 
-class FakeWorker:
-    """Answers as a worker would, with times that are known: TRL 6, DDPO 3, B2 2 a query at best."""
-
-    loaded = 100 * bench.MB
-
-    def __init__(self, mode, setting, threads, python=None):
-        peer = mode == "--as-peer"
-        value = lambda flag: int(setting[len(setting) - setting[::-1].index(flag)])  # noqa: E731
-        self.sample = setting["sample_batch"] if peer else value("--sample-batch")
-        self.micro = setting["micro_batch"] if peer else value("--micro-batch")
-        assert not peer or self.sample >= self.micro and python == "old/python"
-        self.cost = 6 if peer else 3 if "--no-bs" in setting else 2
-
-    def round(self):
-        """Sampling is fastest at 8, training at 4, each twice as slow elsewhere; 12 queries."""
-        sampling = 4 * self.cost * (1 if self.sample == 8 else 2)
-        training = 8 * self.cost * (1 if self.micro == 4 else 2)
-        return {"sampling": sampling, "training": training, "round": sampling + training,
-                "kept": 12, "peak": 130 * bench.MB, "peak sampling": 120 * bench.MB}  # fmt: skip
-
-    def close(self):
-        pass
-
-
-def test_peer_report(flags, monkeypatch):
-    """The best batches of each, TRL's sample batch not below its micro-batch; the ratios."""
-    monkeypatch.setattr(bench, "Worker", FakeWorker)
-    monkeypatch.setattr(bench, "PEER_BATCHES", (4, 8, 16))
-    rows, ratios = bench.peer([*flags, "--queries", "16"], "old/python", 2)
-    batches = {row["batches"] for row in rows}
-    assert batches == {"paper's (8, 2)", "best (8, 4)"} and len(rows) == 6
-    assert {(row["MB loaded"], row["MB peak"], row["peak - loaded"]) for row in rows} == {
-        (100, 130, 30)}  # fmt: skip
-    got = {(r["TRL's batches"], r["against"][:8], r["batches"]):
-           r["times fewer seconds a query"][0] for r in ratios}  # fmt: skip
-    assert got == pytest.approx({
-        ("paper's", "our DDPO", "paper's"): 2, ("paper's", "our DDPO", "best"): 2 * 5 / 3,
-        ("best", "our DDPO", "best"): 2, ("paper's", "our B2 a", "paper's"): 3,
-        ("paper's", "our B2 a", "best"): 3 * 5 / 3, ("best", "our B2 a", "best"): 3})  # fmt: skip
-    rows, ratios = bench.peer([*flags, "--queries", "16"], "old/python", 2, (8, 4))
-    assert [row["batches"] for row in rows] == ["given (8, 4)"] * 3 and len(ratios) == 2
-    assert ratios[0]["times fewer seconds a query"][0] == pytest.approx(2)
-
-
-@pytest.mark.skipif("TRL_PYTHON" not in os.environ, reason="TRL_PYTHON: an interpreter with TRL")
-def test_peer_runs(flags, monkeypatch, tmp_path):
-    """A tiny round of TRL 0.23.1's DDPOTrainer against ours, on the same folder."""
-    monkeypatch.setattr(bench, "PEER_BATCHES", (4,))
-    monkeypatch.setattr(bench, "PAPER_BATCHES", (4, 2))
-    out = tmp_path / "bench.json"
-    bench.main(["--peer", os.environ["TRL_PYTHON"], "--repeats", "1", "--json", str(out), *flags])
-    rows, ratios = [v for title, v in json.loads(out.read_text()).items() if title[:3] == "(e)"]
-    assert len(rows) == 6 and len(ratios) == 6
-    assert all(row["training, s a query"] > 0 and row["MB peak"] > 0 for row in rows)
-
-
-def test_peer_imports_only_the_standard_library():
-    """As the peer, bench.py is loaded by an interpreter that lacks this project's packages."""
-    import subprocess
-
-    code = "import sys; sys.argv = ['bench.py', '--as-peer']; import bench; " \
-           "print(sorted({'torch', 'numpy', 'train', 'diffusers'} & set(sys.modules)))"  # fmt: skip
-    out = subprocess.run([sys.executable, "-S", "-c", code], cwd=bench.HERE, text=True,
-                         capture_output=True, check=True).stdout  # fmt: skip
-    assert out.strip() == "[]"
+def test_larger_without_a_folder_ends_with_a_line(flags, capsys):
+    with pytest.raises(SystemExit):
+        bench.larger([*flags, "--model=nobody/nothing"], 1)
+    assert "larger needs the folder" in capsys.readouterr().err

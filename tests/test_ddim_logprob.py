@@ -6,16 +6,20 @@ from conftest import count_unet_samples, make_small
 from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from ddim_logprob import (
-    ddim_mean, ddim_step, denoise, gaussian_kl, guided_prediction, keyed_generator, keyed_noise,
-    log_prob, make_schedule,
-)  # fmt: skip
+from ddim_logprob import ddim_mean, ddim_step, denoise, gaussian_kl, guided_prediction
+from ddim_logprob import keyed_generator, keyed_noise, log_prob, make_schedule
 
 
 def scheduler(**changes):
     """SD 1.4's scheduler, with changes."""
-    config = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                  clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # fmt: skip
+    config = dict(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
     return DDIMScheduler(**{**config, **changes})
 
 
@@ -87,10 +91,27 @@ def test_step_is_diffusers_step(prediction_type, eta):
 
         torch.testing.assert_close(x_prev[j], step(noise[j]), atol=1e-5, rtol=1e-5)
         std = eta * theirs._get_variance(timestep, timestep - 50) ** 0.5
-        want = Normal(step(torch.zeros_like(x[j])).double(), std.double()).log_prob(
-            x_prev[j].double()).mean()  # fmt: skip
+        want = (
+            Normal(step(torch.zeros_like(x[j])).double(), std.double())
+            .log_prob(x_prev[j].double())
+            .mean()
+        )
         assert log_p[j].item() == pytest.approx(want.item(), abs=1e-3)
     assert torch.equal(log_prob(x_prev, *ddim_mean(schedule, prediction, x, t)), log_p)
+
+
+def test_noise_level_that_rounds_below_zero():
+    """From pure noise, alpha_bar_T = 0, 1 - alpha_bar - sigma^2 is 0 but for float32's rounding.
+
+    There a_t is drawn around sqrt(alpha_bar_{t-1}) x_0 alone, x_0 = -v.
+    """
+    zero_snr = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=0)
+    schedule = make_schedule(scheduler(**zero_snr, prediction_type="v_prediction"), 20)
+    a_prev, sigma = schedule.alpha_bar[19].float(), schedule.sigma[20].float()
+    assert schedule.alpha_bar[20] == 0 and 1 - a_prev - sigma**2 < 0
+    x, v = torch.randn(2, 3, 4, 8, 8)
+    mu, _ = ddim_mean(schedule, v, x, torch.full((3,), 20))
+    torch.testing.assert_close(mu, -a_prev.sqrt() * v)
 
 
 def test_latents_are_float32():
@@ -99,15 +120,18 @@ def test_latents_are_float32():
         ddim_step(schedule, x, x.bfloat16(), t, noise=x)
 
 
-@pytest.mark.parametrize("changes, eta, message", [
-    ({"steps_offset": 0}, 1.0, "steps_offset"),
-    ({"steps_offset": 0, "set_alpha_to_one": True}, 1.0, "steps_offset"),
-    ({}, 0.0, "eta"),
-    ({"clip_sample": True}, 1.0, "clip_sample"),
-    ({"thresholding": True}, 1.0, "thresholding"),
-    ({"timestep_spacing": "linspace"}, 1.0, "linspace"),
-    ({"prediction_type": "sample"}, 1.0, "sample"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, eta, message",
+    [
+        ({"steps_offset": 0}, 1.0, "steps_offset"),
+        ({"steps_offset": 0, "set_alpha_to_one": True}, 1.0, "steps_offset"),
+        ({}, 0.0, "eta"),
+        ({"clip_sample": True}, 1.0, "clip_sample"),
+        ({"thresholding": True}, 1.0, "thresholding"),
+        ({"timestep_spacing": "linspace"}, 1.0, "linspace"),
+        ({"prediction_type": "sample"}, 1.0, "sample"),
+    ],
+)
 def test_schedules_that_are_no_gaussian_chain_are_refused(changes, eta, message):
     with pytest.raises(ValueError, match=message):
         make_schedule(scheduler(**changes), 20, eta)
@@ -118,8 +142,17 @@ def test_schedules_that_are_no_gaussian_chain_are_refused(changes, eta, message)
 
 def test_keyed_generators():
     """Equal keys draw equal noise, other keys other noise, whatever else is in the batch."""
-    keys = [(0, 1, 2, 0), (0, 1, 2, 1), (0, 1, 0, 1), (0, 0, 2, 1), (1, 1, 2, 1), (0, 1, 2, "x_T"),
-            (0, 1, 21), (0, 12, 1), (12, 0, 1)]  # fmt: skip
+    keys = [
+        (0, 1, 2, 0),
+        (0, 1, 2, 1),
+        (0, 1, 0, 1),
+        (0, 0, 2, 1),
+        (1, 1, 2, 1),
+        (0, 1, 2, "x_T"),
+        (0, 1, 21),
+        (0, 12, 1),
+        (12, 0, 1),
+    ]
     noise = keyed_noise(generators(*keys), (4, 8, 8), "cpu")
     again = keyed_noise(generators(*keys[::-1]), (4, 8, 8), "cpu").flip(0)
     assert torch.equal(noise, again)
@@ -156,10 +189,16 @@ def test_guidance(small):
         assert sum(seen) == 6
         only_cond = guided_prediction(small.unet, small.schedule, x, t, cond, uncond, 1)
         assert sum(seen) == 9, "guidance 1 needs no unconditional half"
+        none, half = (
+            guided_prediction(small.unet, small.schedule, x, t, cond, uncond, g) for g in (0, 0.5)
+        )
     for j in range(3):
-        c, u = (small.unet(x[j:j + 1], timesteps[j], e).sample for e in (cond[j:j + 1], uncond))
+        c, u = (small.unet(x[j : j + 1], timesteps[j], e).sample for e in (cond[j : j + 1], uncond))
         torch.testing.assert_close(got[j], (5 * c - 4 * u)[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(only_cond[j], c[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(none[j], u[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(half[j], (c + u)[0] / 2, atol=1e-5, rtol=1e-4)
+        assert (c - u).abs().max() > 1e-3
     assert not torch.allclose(got, only_cond, atol=1e-3)
 
 
@@ -177,8 +216,9 @@ def test_denoise_is_a_plain_loop_of_diffusers_steps(small):
     """A trajectory against a loop over the scheduler's own timesteps and `step`."""
     x, cond, uncond = setting(small, 1)
     scheduler, g = small.pipe.scheduler, keyed_generator("k")
-    got, states, _ = denoise(small.unet, small.schedule, x, 6, 0, cond, uncond, 5.0,
-                             generators(("k",)), keep=True)  # fmt: skip
+    got, states, _ = denoise(
+        small.unet, small.schedule, x, 6, 0, cond, uncond, 5.0, generators(("k",)), keep=True
+    )
     with torch.no_grad():
         for i, timestep in enumerate(scheduler.timesteps):
             torch.testing.assert_close(states[:, i], x, atol=1e-3, rtol=1e-3)
@@ -193,8 +233,9 @@ def test_branches_share_their_prefix_and_are_independent_after_it(small):
     P, K, start = 3, 4, 4
     x, cond, uncond = setting(small, P)
     keys = [(p, k) for p in range(P) for k in range(K)]
-    final, states, log_p = denoise(small.unet, small.schedule, x, start, 0, cond, uncond, 5.0,
-                                   generators(*keys), keep=True)  # fmt: skip
+    final, states, log_p = denoise(
+        small.unet, small.schedule, x, start, 0, cond, uncond, 5.0, generators(*keys), keep=True
+    )
     assert states.shape == (P * K, start + 1, 4, 8, 8) and log_p.shape == (P * K, start)
     assert torch.equal(final, states[:, -1])
     for p in range(P):
@@ -204,8 +245,18 @@ def test_branches_share_their_prefix_and_are_independent_after_it(small):
         assert distance[~torch.eye(K, dtype=torch.bool)].gt(0.01).all(), "branches differ at once"
         for k in range(K):
             one = slice(p, p + 1)
-            alone = denoise(small.unet, small.schedule, x[one], start, 0, cond[one], uncond, 5.0,
-                            generators((p, k)), keep=True)  # fmt: skip
+            alone = denoise(
+                small.unet,
+                small.schedule,
+                x[one],
+                start,
+                0,
+                cond[one],
+                uncond,
+                5.0,
+                generators((p, k)),
+                keep=True,
+            )
             torch.testing.assert_close(alone[1][0], branches[k], atol=1e-3, rtol=1e-3)
             torch.testing.assert_close(alone[2][0], log_p[p * K + k], atol=1e-3, rtol=1e-3)
 
@@ -214,8 +265,9 @@ def test_branches_share_their_prefix_and_are_independent_after_it(small):
 def test_stored_log_prob_belongs_to_the_stored_states(small):
     """log p of step j is Normal(mu(x_t), sigma).log_prob(x_{t-1}) with t = start - j."""
     x, cond, uncond = setting(small, 2)
-    _, states, log_p = denoise(small.unet, small.schedule, x, 5, 1, cond, uncond, 5.0,
-                               generators((0,), (1,)), keep=True)  # fmt: skip
+    _, states, log_p = denoise(
+        small.unet, small.schedule, x, 5, 1, cond, uncond, 5.0, generators((0,), (1,)), keep=True
+    )
     for j in range(4):
         t = torch.full((2,), 5 - j)
         prediction = guided_prediction(small.unet, small.schedule, states[:, j], t, cond, uncond, 5)
@@ -229,16 +281,35 @@ def test_unet_calls_of_branches(small, guidance, halves):
     """One call a root at the first branched step: 1 + K (tau - 1) a root."""
     x, cond, uncond = setting(small, 2)
     with count_unet_samples(small.unet) as seen:
-        denoise(small.unet, small.schedule, x, 4, 0, cond, uncond, guidance,
-                generators(*[(j,) for j in range(6)]))  # fmt: skip
+        denoise(
+            small.unet,
+            small.schedule,
+            x,
+            4,
+            0,
+            cond,
+            uncond,
+            guidance,
+            generators(*[(j,) for j in range(6)]),
+        )
     assert sum(seen) == halves * 2 * (1 + 3 * (4 - 1))
 
 
 def test_denoising_nothing_copies_the_branches(small):
     x, cond, uncond = setting(small, 2)
-    out = denoise(small.unet, small.schedule, x, 3, 3, cond, uncond, 5.0,
-                  generators(*[(j,) for j in range(6)]))  # fmt: skip
+    out = denoise(
+        small.unet,
+        small.schedule,
+        x,
+        3,
+        3,
+        cond,
+        uncond,
+        5.0,
+        generators(*[(j,) for j in range(6)]),
+    )
     assert torch.equal(out, x[[0, 0, 0, 1, 1, 1]])
     with pytest.raises(AssertionError, match="not a multiple"):
-        denoise(small.unet, small.schedule, x, 3, 0, cond, uncond, 5.0,
-                generators((0,), (1,), (2,)))  # fmt: skip
+        denoise(
+            small.unet, small.schedule, x, 3, 0, cond, uncond, 5.0, generators((0,), (1,), (2,))
+        )

@@ -1,25 +1,26 @@
-"""Metrics against numpy, studies against brute force on the random pipeline, bad input."""
+"""Metrics against numpy, evaluation against single pictures, the command, and foreign input."""
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_small, randomise_lora
+from PIL import Image
+from safetensors.torch import save_file
+from torch.distributions import Normal, kl_divergence
 
 import eval as evaluation
-import runs
-from ddim_logprob import (
-    ddim_mean, denoise, guided_prediction, keyed_generator, make_schedule,
-)  # fmt: skip
-from eval import (
-    compare, curve, differs, evaluate, group_runs, inception_left_out, inception_score,
-    jackknife_error, paired_gain, style_entropy, wilson,
-)  # fmt: skip
-from lora import inject_lora, lora_state
+from ddim_logprob import keyed_generator, make_schedule
+from eval import compare, evaluate, inception_left_out, inception_score, jackknife_error
+from eval import kl_to_base, paired_gain, spread, style_entropy
+from files import write_json, write_safetensors
+from lora import inject_lora, lora_off, lora_state
 from rewards import checked
+from test_command import light, refused  # noqa: F401 (a fixture)
 
 PROMPTS = ["cat", "dog", "bird"]
 
@@ -41,13 +42,7 @@ def judge(images, prompts):
 
 @pytest.fixture
 def small():
-    return make_small(T=6)
-
-
-@pytest.fixture
-def args(tmp_path):
-    return SimpleNamespace(T=6, guidance=3.0, sample_batch=4, decode_batch=3, roots=5, branches=3,
-                           differ=0.7, seed=3, out=str(tmp_path))  # fmt: skip
+    return make_small(T=6, guidance=3.0, sample_batch=4, decode_batch=3)
 
 
 # ---------------------------------------------------------------- metrics
@@ -72,21 +67,26 @@ def test_inception_error_is_the_jackknife():
     x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
     left_out = [inception_score(x[torch.arange(8) != i]) for i in range(8)]
     expected = math.sqrt(7 / 8 * np.square(left_out - np.mean(left_out)).sum())
-    error = lambda features: jackknife_error(inception_left_out(features).tolist())  # noqa: E731
+    error = lambda features: jackknife_error(inception_left_out(features).tolist())
     assert inception_left_out(x).tolist() == pytest.approx(left_out, rel=1e-6)
     assert error(x) == pytest.approx(expected, rel=1e-6)
     assert error(x[:1].repeat(8, 1)) == pytest.approx(0, abs=1e-9)
     assert 0 < error(1000 * torch.eye(3)[[0, 0, 0, 1, 2]]) < 3  # p(y|x) of exact zeros
     mean = torch.tensor([1.0, 4.0, 2.0, 7.0])  # of a mean the jackknife is the usual error
-    assert jackknife_error(((mean.sum() - mean) / 3).tolist()) == pytest.approx(
-        mean.std().item() / 2)  # fmt: skip
+    left_out = ((mean.sum() - mean) / 3).tolist()
+    assert jackknife_error(left_out) == pytest.approx(mean.std().item() / 2)
 
 
-@pytest.mark.parametrize("styles, expected", [
-    ([0, 0, 0, 0, 0, 0], 0.0), ([0, 1, 2, 0, 1, 2], math.log(3)), ([0, 0, 0, 1, 1, 1], math.log(2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "styles, expected",
+    [
+        ([0, 0, 0, 0, 0, 0], 0.0),
+        ([0, 1, 2, 0, 1, 2], math.log(3)),
+        ([0, 0, 0, 1, 1, 1], math.log(2)),
+    ],
+)
 def test_style_entropy_is_that_of_the_best_captions(styles, expected):
-    from tiny import STYLES
+    from tiny.world import STYLES
 
     class Clip:  # the picture's first pixel names its style, as far as this CLIP is concerned
         def embed_images(self, images):
@@ -109,156 +109,140 @@ def test_paired_gain_is_numpys():
     assert gain == pytest.approx((after - before).mean())
     assert error == pytest.approx((after - before).std(ddof=1) / 3)
     assert paired_gain([1.0], [3.0]) == (2.0, 0.0)
+    with pytest.raises(ValueError):
+        paired_gain([1.0, 2.0], [1.0])
+
+
+def scores(score, recognised=None):
+    return {"score": score, "recognised": recognised}
 
 
 def test_compare_pairs_by_list_and_leaves_out_a_missing_judge():
-    before = {"train": {"score": [1.0, 2.0], "recognised": [0.0, 1.0]},
-              "unseen": {"score": [3.0], "recognised": None}}  # fmt: skip
-    after = {"train": {"score": [2.0, 2.0], "recognised": [1.0, 1.0]},
-             "unseen": {"score": [1.0], "recognised": None}}  # fmt: skip
+    """Missing on either side."""
+    before = {"train": scores([1.0, 2.0], [0.0, 1.0]), "unseen": scores([3.0]), "own": scores([0])}
+    after = {"train": scores([2.0, 2.0], [1.0, 1.0]), "unseen": scores([1.0], [1.0])}
+    after["own"], before["own"] = scores([0.5]), scores([0.5], [1.0])
     summary, rows = compare(before, after, "clip")
-    assert set(summary) == {"train_score", "train_recognised", "unseen_score"} and len(rows) == 3
+    wanted = {"train_score", "train_recognised", "unseen_score", "own_score"}
+    assert set(summary) == wanted and len(rows) == 4
     expected = {"before": 1.5, "after": 2.0, "gain": 0.5, "error": 0.5, "n": 2}
     assert summary["train_score"] == expected
     assert summary["unseen_score"]["gain"] == -2.0
+    line = "  train   clip   1.5000 -> 2.0000   gain +0.5000 +- 0.5000 (standard error, 2 pictures)"
+    assert rows[0] == line and rows[1].startswith("  train   judge  0.5000 -> 1.0000")
 
 
-def test_evaluate_does_not_depend_on_the_batch_and_draws_keyed_noise(small, args):
+def test_the_spread_is_within_a_prompt():
+    """The std over its pictures, mean over prompts that have two or more."""
+    thumbs = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    a, b = thumbs[[0, 2, 5]].numpy().std(0, ddof=1).mean(), thumbs[[1, 3]].numpy().std(0, ddof=1)
+    got = spread(thumbs, ["cat", "dog", "cat", "dog", "bird", "cat"])
+    assert got == pytest.approx((a + b.mean()) / 2, rel=1e-5)
+    assert spread(thumbs[:2], ["cat", "dog"]) == 0.0
+
+
+@torch.no_grad()
+def test_kl_to_base_is_of_whole_states_in_nats(small, monkeypatch):
+    """Summed over D, mean over states, of this process's roots; processes add up."""
+    inject_lora(small.unet)
+    randomise_lora(small.unet, 0.05)
+    x = torch.randn(2, 2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    some, names = torch.tensor([[0, 3, 1], [1, 3, 0], [2, 5, 1], [3, 4, 0]]), ["cat", "dog"]
+    want = []
+    for p, k in ((0, 1), (0, 0), (1, 1)):  # root 4 is another process's
+        for s, t in enumerate((5, 4, 3)):
+            now = Normal(*small.policy(x[p, k, s][None], t, [names[p]]))
+            with lora_off(small.unet):
+                base = Normal(*small.policy(x[p, k, s][None], t, [names[p]]))
+            want.append(kl_divergence(now, base).sum().item())
+    own, sums = torch.tensor([3, 5]), []
+
+    def with_another(total, device):
+        sums.append(total.tolist())
+        return total + torch.tensor([1.0, 7])
+
+    got = kl_to_base(small, x, 5, names, own, some, 2)
+    assert got == pytest.approx(sum(want) / 9, rel=1e-3) and got > 0
+    monkeypatch.setattr(evaluation, "all_sum", with_another)
+    got = kl_to_base(small, x, 5, names, own, some, 100)
+    assert got == pytest.approx((sum(want) + 1) / 16, rel=1e-3) and sums[0][1] == 9
+
+
+# ---------------------------------------------------------------- pictures of a model
+
+
+def test_evaluation_draws_noise_keyed_by_prompt_and_number(small):
+    """Whatever the batches and the other prompts: picture k of prompt p stands at k * P + p."""
     reward = checked(Brightness(), "clip")
-    args.sample_batch = 6
-    whole, images = evaluate(small, reward, PROMPTS, 2, args, judge)
-    args.sample_batch, args.decode_batch = 4, 1
-    cut, same = evaluate(small, reward, PROMPTS, 2, args, judge)
+    whole, images = evaluate(small, reward, PROMPTS, 2, judge)
+    small.sample_batch, small.decode_batch = 2, 1
+    cut, same = evaluate(small, reward, PROMPTS, 2, judge)
     torch.testing.assert_close(images, same, atol=1e-4, rtol=0)
     np.testing.assert_allclose(whole["score"], cut["score"], atol=1e-5)
-    assert whole["recognised"] == cut["recognised"]
-    # picture number k of prompt p stands at k * P + p, from a generator of (prompt, number)
+    assert whole["recognised"] == cut["recognised"] and set(whole["recognised"]) == {0.0, 1.0}
+    assert len(set(whole["score"])) == 6 and images.shape == (6, 3, 32, 32)
     generator = keyed_generator("evaluation", "dog", 1)
-    x_T = torch.randn(1, *small.latent_shape, generator=generator)
-    x_0 = denoise(small.unet, small.schedule, x_T, 6, 0, small.embed(["dog"]), small.embed([""]),
-                  3.0, [generator])  # fmt: skip
-    torch.testing.assert_close(images[4], small.decode(x_0, 1)[0], atol=1e-4, rtol=0)
+    x = torch.randn(1, *small.latent_shape, generator=generator)
+    for t in range(6, 0, -1):
+        with torch.no_grad():
+            mu, sigma = small.policy(x, t, ["dog"])
+        x = mu + sigma * torch.randn(small.latent_shape, generator=generator)
+    torch.testing.assert_close(images[4], small.decode(x)[0], atol=1e-4, rtol=0)
     assert whole["score"][4] == pytest.approx(images[4].mean().item() + 0.03, abs=1e-5)
-    alone, _ = evaluate(small, reward, ["dog"], 2, args)
+    alone, _ = evaluate(small, reward, ["dog"], 2)
     np.testing.assert_allclose(alone["score"], whole["score"][1::3], atol=1e-5)
     assert alone["recognised"] is None
+    other, _ = evaluate(small, reward, ["dog"], 2, seed=(77,))
+    assert min(abs(a - b) for a, b in zip(other["score"], alone["score"])) > 1e-5
 
 
-# ---------------------------------------------------------------- studies
+@pytest.mark.parametrize("world", [2, 7])
+def test_processes_share_the_pictures(small, world):
+    """Their scores add up to those of one process; each keeps the first of its own pictures."""
+    reward = checked(Brightness(), "clip")
+    want, images = evaluate(small, reward, PROMPTS, 2, judge)
+    shares = [evaluate(small, reward, PROMPTS, 2, judge, n, world, keep=2) for n in range(world)]
+    for what in ("score", "recognised"):
+        parts = list(zip(*(found[what] for found, _ in shares)))
+        assert [sum(part) for part in parts] == pytest.approx(want[what], abs=1e-4)
+    parts = zip(*(found["score"] for found, _ in shares))
+    assert all(sum(score != 0 for score in part) == 1 for part in parts)
+    for n, (_, kept) in enumerate(shares):
+        torch.testing.assert_close(kept, images[n::world][:2], atol=1e-4, rtol=0) if n < 6 else None
+    assert len(shares[-1][1]) == (0 if world == 7 else 2)
 
 
-def step(model, x, t, prompt, generator, guidance):
-    """One DDIM step of one latent, straight from Eq. 1."""
-    now = torch.tensor([t])
-    with torch.no_grad():
-        eps = guided_prediction(model.unet, model.schedule, x, now, model.embed([prompt]),
-                                model.embed([""]), guidance)  # fmt: skip
-    mu, sigma = ddim_mean(model.schedule, eps, x, now)
-    return mu + sigma * torch.randn(x.shape[1:], generator=generator)
+def test_offload_moves_the_others_around_the_unets_work(small, monkeypatch):
+    """Away before it, back before decoding; prompts are encoded first."""
+    did, real = [], type(small).embed
+    move = lambda self, reward, device: did.append(str(device))
+    monkeypatch.setattr(type(small), "move_others", move)
+    embed = lambda self, prompts: did.append("embed") or real(self, prompts)
+    monkeypatch.setattr(type(small), "embed", embed)
+    decode = type(small).decode
+    draw = lambda self, x: did.append("decode") or decode(self, x)
+    monkeypatch.setattr(type(small), "decode", draw)
+    evaluate(small, checked(Brightness(), "clip"), PROMPTS, 1, offload=True)
+    assert did[:2] == ["embed", "cpu"] and did[-2:] == ["cpu", "decode"]
+    assert set(did[2:-2]) == {"embed"}
+    did.clear()
+    evaluate(small, checked(Brightness(), "clip"), PROMPTS, 1)
+    assert "cpu" not in did
 
 
-def draw(model, x, start, prompt, generator, guidance):
-    for t in range(start, 0, -1):
-        x = step(model, x, t, prompt, generator, guidance)
-    return model.decode(x, 1)
+needs_judge = pytest.mark.skipif(
+    not (ROOT / "tiny/judge").exists(), reason="the tiny model is not built"
+)
 
 
-def test_differs_is_max_minus_min_above_the_threshold():
-    scores = torch.tensor([[0.0, 1.0, 0.5], [0.4, 0.5, 0.6], [1.0, 1.0, 1.0]])
-    assert differs(scores, 0.3).tolist() == [True, False, False]
-    assert differs(scores, 0.0).tolist() == [True, True, False]  # the judge: some, not all
-
-
-def test_table5_is_the_share_that_brute_force_counts(small, args):
-    rewards = {"clip": checked(Brightness(), "clip")}
-    got = evaluation.table5(small, rewards, judge, PROMPTS, args)
-    assert got["steps"] == [2, 4, 6] and (args.roots, args.branches) == (5, 3)
-    scores, right = ({t: [] for t in got["steps"]} for _ in range(2))
-    for p in range(5):
-        prompt, key = PROMPTS[p % 3], (3, "table5", p)
-        x = torch.randn(1, *small.latent_shape, generator=keyed_generator(*key, "x_T"))
-        path = keyed_generator(*key, "path")
-        for t in range(6, 0, -1):
-            if t in scores:
-                pictures = [draw(small, x, t, prompt, keyed_generator(*key, t, k), 3.0)
-                            for k in range(3)]  # fmt: skip
-                scores[t].append([picture.mean().item() + 0.03 for picture in pictures])
-                right[t].append([judge(picture, [prompt]).item() for picture in pictures])
-            x = step(small, x, t, prompt, path, 3.0)
-    unit = math.sqrt(np.mean([np.var(row, ddof=1) for row in scores[6]]))
-    for n, t in enumerate(got["steps"]):
-        gaps = [max(row) - min(row) for row in scores[t]]
-        assert min(abs(gap - 0.7 * unit) for gap in gaps) > 1e-5  # no coin toss in this test
-        assert got["share"]["clip"][n] == pytest.approx(sum(g > 0.7 * unit for g in gaps) / 5)
-        some = sum(0 < sum(row) < 3 for row in right[t]) / 5
-        assert got["share"]["recognised"][n] == pytest.approx(some)
-    assert got["threshold"]["clip"] == pytest.approx(0.7 * unit, rel=1e-3)
-    assert 0 < got["share"]["clip"][2] and got["share"]["clip"][0] < 1
-    assert got["std_within"]["clip"][0] < got["std_within"]["clip"][2]
-    assert (runs.Path(args.out) / "table5.png").stat().st_size > 1000
-
-
-def test_last_step_pairs_share_all_but_the_last_step(small, args):
-    got = evaluation.last_step(small, {"clip": checked(Brightness(), "clip")}, None, PROMPTS, args)
-    for p in (0, 4):
-        prompt, key = PROMPTS[p % 3], (3, "last-step", p)
-        x = torch.randn(1, *small.latent_shape, generator=keyed_generator(*key, "x_T"))
-        generator = keyed_generator(*key, "path")
-        for t in range(6, 1, -1):
-            x = step(small, x, t, prompt, generator, 3.0)
-        pair = [draw(small, x, 1, prompt, keyed_generator(*key, k), 3.0).mean() for k in range(2)]
-        gap = abs(pair[0] - pair[1]).item()
-        assert got["clip"]["differences"][p] == pytest.approx(gap, abs=1e-5)
-    gaps = got["clip"]["differences"]
-    assert len(gaps) == 5 and max(gaps) > 0
-    assert got["clip"]["above_0.01"] == sum(g > 0.01 for g in gaps) / 5
-
-
-def test_tree_has_rewards_on_its_leaves(small, args):
-    args.branches = 2
-    got = evaluation.tree(small, {"clip": checked(Brightness(), "clip")}, judge, PROMPTS, args)
-    assert got["starts"] == [6, 4, 2] and len(got["clip"]) == len(got["recognised"]) == 8
-    leaves = np.array(got["clip"])
-    assert len(set(leaves)) == 8  # siblings, cousins and strangers: all noise is different
-    near = np.abs(leaves[0::2] - leaves[1::2]).mean()
-    assert near < leaves.std()  # those that part last are most alike
-    assert (runs.Path(args.out) / "tree.png").stat().st_size > 1000
-
-
-CONFIG = {"algo": "ddpo", "no_bpt": True, "no_bs": True, "interval": "backward", "seed": 0,
-          "lr": 1e-3, "reward": "clip", "out": "a", "sample_batch": 8}  # fmt: skip
-
-
-def write_run(folder, rewards, **config):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
-    lines = [{"round": i + 1, "queries": 10 * (i + 1), "reward_mean": r,
-              "spread_within_prompt": 0.2 / (i + 1)} for i, r in enumerate(rewards)]  # fmt: skip
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(folder)
-
-
-def test_curves_are_grouped_by_method_with_mean_and_spread_over_seeds(tmp_path, capsys):
-    folders = [
-        write_run(tmp_path / "a", [1.0, 2.0, 5.0], seed=0),
-        write_run(tmp_path / "b", [3.0, 6.0], seed=1, out="b", sample_batch=4),
-        write_run(tmp_path / "c", [0.0, 1.0], no_bpt=False, no_bs=False),
-        write_run(tmp_path / "d", [0.0, 1.0], no_bpt=False, no_bs=False, lr=2e-3),
-        write_run(tmp_path / "e", [0.0, 1.0], algo="pg", no_bs=False),
-    ]
-    groups = group_runs(folders)
-    assert {k: len(v) for k, v in groups.items()} == {
-        "DDPO": 2, "BPT+BS, lr 0.001": 1, "BPT+BS, lr 0.002": 1, "PG BS": 1}  # fmt: skip
-    queries, mean, deviation = curve(groups["DDPO"], "reward_mean")
-    assert queries == [10, 20] and mean == [2.0, 4.0]  # only the rounds that both have
-    assert deviation == pytest.approx([np.std([1, 3], ddof=1), np.std([2, 6], ddof=1)])
-    assert curve(groups["PG BS"], "reward_mean")[2] == [0.0, 0.0]
-    evaluation.main(["--study", "curves", "--runs", *folders, "--out", str(tmp_path / "out")])
-    saved = json.loads((tmp_path / "out/curves.json").read_text())
-    assert saved["DDPO"]["reward_mean"]["mean"] == [2.0, 4.0]
-    assert saved["DDPO"]["spread_within_prompt"]["mean"] == pytest.approx([1.0, 0.5])
-    assert (tmp_path / "out/curves.png").stat().st_size > 1000
-    assert "| DDPO | 2 | 20 | 2.0000 | 4.0000 | 2.8284 |" in capsys.readouterr().out
+@needs_judge
+def test_the_judge_is_for_the_tiny_models_own_prompts():
+    candidates = ["a cat washing dishes", "a dog washing dishes", "a cat riding a bike"]
+    tiny = SimpleNamespace(tiny=ROOT / "tiny")
+    judged = evaluation.load_judge(tiny, candidates)(torch.rand(3, 3, 64, 64), candidates)
+    assert judged.shape == (3,) and judged.dtype == torch.bool
+    assert evaluation.load_judge(tiny, [*candidates, "a portrait of my aunt"]) is None
+    assert evaluation.load_judge(SimpleNamespace(tiny=None), candidates) is None
 
 
 # ---------------------------------------------------------------- the command
@@ -270,84 +254,170 @@ def no_clip(monkeypatch):
     monkeypatch.setattr(evaluation, "load_reward", lambda name, *_: checked(Brightness(), name))
 
 
-def test_main_scores_base_and_lora_on_the_same_noise(no_clip, random_folder, model, tmp_path,
-                                                     capsys):  # fmt: skip
-    run = tmp_path / "run"
-    run.mkdir()
+CONFIG = {"model": "somewhere", "rounds": 1, "reward": "clip", "T": 20, "eta": 1.0}
+CONFIG |= {"guidance": 5.0, "image_size": None, "prediction_type": None, "made_with": {}}
+
+
+def write_run(folder, **config):
+    """A run folder with these settings, and no LoRA yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", CONFIG | config)
+    return str(folder)
+
+
+def run_main(*argv):
+    evaluation.main([str(a) for a in argv])
+
+
+@pytest.fixture
+def run(model, random_folder, tmp_path):
+    """A finished run of the random pipeline with T 4, guidance 2, and its LoRA in `model`."""
     inject_lora(model.unet, 2)
     randomise_lora(model.unet, 0.5)
-    runs.write_safetensors(run / "pytorch_lora_weights.safetensors", lora_state(model.unet))
-    config = {"model": str(random_folder), "T": 4, "eta": 1.0, "guidance": 2.0}
-    runs.write_json(run / "config.json", config)
+    folder = write_run(tmp_path / "run", model=str(random_folder), T=4, guidance=2.0)
+    write_safetensors(tmp_path / "run/pytorch_lora_weights.safetensors", lora_state(model.unet))
+    return folder
+
+
+def test_main_scores_base_and_lora_on_the_same_noise(no_clip, run, model, tmp_path, capsys):
     out = tmp_path / "out"
-    evaluation.main(["--lora", str(run), "--prompt", "cat", "--prompt", "dog", "--images", "3",
-                     "--metrics", "clip,is,jpeg", "--device", "cpu", "--out", str(out),
-                     ])  # fmt: skip
+    argv = ["--lora", run, "--prompt", "cat", "--prompt", "dog", "--images", 3, "--device", "cpu"]
+    run_main(*argv, "--metrics", "clip,is,jpeg", "--out", out)
     data = json.loads((out / "scores.json").read_text())
-    base, lora = data["results"]["base"], data["results"][str(run)]
-    assert list(base) == ["CLIPScore", "jpeg", "inception score", "inception score, left out",
-                          "n", "scores"] and base["n"] == 6  # fmt: skip
+    base, lora = data["results"]["base"], data["results"][run]
+    columns = ["CLIPScore", "jpeg", "inception score", "inception score, left out", "n", "scores"]
+    assert list(base) == columns and base["n"] == 6
     assert base["CLIPScore"][0] == pytest.approx(np.mean(base["scores"]["clip"]))
     assert base["CLIPScore"][1] == pytest.approx(np.std(base["scores"]["clip"], ddof=1) / 6**0.5)
     assert base["scores"]["jpeg"] == base["scores"]["clip"]  # brightness twice, the same pairs
-    model.schedule = make_schedule(model.pipe.scheduler, 4)
-    args = SimpleNamespace(T=4, guidance=2.0, sample_batch=8, decode_batch=8)
-    expected, _ = evaluate(model, Brightness(), ["cat", "dog"], 3, args)  # the run's T and guidance
+    model.schedule, model.guidance = make_schedule(model.pipe.scheduler, 4), 2.0  # the run's
+    expected, images = evaluate(model, Brightness(), ["cat", "dog"], 3)
     np.testing.assert_allclose(lora["scores"]["clip"], expected["score"], atol=1e-5)
     assert lora["scores"]["clip"] != base["scores"]["clip"]
+    features = Brightness().embed_images(images)
+    assert lora["inception score"][0] == pytest.approx(inception_score(features), rel=1e-4)
+    error = jackknife_error(inception_left_out(features).tolist())
+    assert lora["inception score"][1] == pytest.approx(error, rel=1e-3)
     table = capsys.readouterr().out
-    assert "| model | CLIPScore | jpeg | inception score |" in table and f"| {run} | " in table
-    from PIL import Image
+    assert "| model | CLIPScore | jpeg | inception score |\n|---|---|---|---|\n" in table
+    assert f"| {run} | {lora['CLIPScore'][0]:.4f} +- {lora['CLIPScore'][1]:.4f} | " in table
+    grid = Image.open(out / "grid.png")
+    assert grid.size == (3 * 132 + 4, 4 * 132 + 4)  # 2 prompts x 2 models
+    pixel = images[2 * 1 + 1, :, 16, 16]  # number 1 of "dog", by the LoRA: the last row
+    at = grid.getpixel((132 + 4 + 66, 3 * 132 + 4 + 66))
+    assert at == pytest.approx((255 * pixel).tolist(), abs=2)
+    out = tmp_path / "other"
+    argv = ["--lora", run, "--no-base", "--prompt", "cat", "--images", 1, "--device", "cpu"]
+    run_main(*argv, "--out", out)
+    assert list(json.loads((out / "scores.json").read_text())["results"]) == [run]
 
-    assert Image.open(out / "grid.png").size == (3 * 132 + 4, 4 * 132 + 4)  # 2 prompts x 2 models
-    evaluation.main(["--lora", str(run), "--no-base", "--prompt", "cat", "--images", "1",
-                     "--device", "cpu", "--out", str(out)])  # fmt: skip
-    assert list(json.loads((out / "scores.json").read_text())["results"]) == [str(run)]
+
+def test_a_seed_draws_other_pictures_of_a_prompt(no_clip, random_folder, tmp_path):
+    """And the same seed the same; without one they are those of training's own evaluation."""
+    argv = ["--model", random_folder, "--T", 2, "--device", "cpu", "--prompt", "cat", "--images", 2]
+
+    def scored(name, *seed):
+        run_main(*argv, *seed, "--out", tmp_path / name)
+        data = json.loads((tmp_path / name / "scores.json").read_text())
+        return data["results"]["base"]["scores"]["clip"]
+
+    plain, seeds = scored("a"), [scored(str(n), "--seed", n) for n in (0, 77, 2**70)]
+    assert scored("b") == plain and scored("c", "--seed", 77) == seeds[1]
+    assert len({tuple(s) for s in (plain, *seeds)}) == 4
 
 
-def test_the_unseen_list_and_a_study_from_the_command_line(no_clip, random_folder, tmp_path):
+def test_the_unseen_list_from_the_command_line(no_clip, random_folder, tmp_path, monkeypatch):
+    """Its folder is a new one each time, named and numbered where none is given."""
     prompts = tmp_path / "p.txt"
     prompts.write_text("[train]\ncat\ndog\n[unseen]\nbird\n")
-    common = ["--model", str(random_folder), "--device", "cpu", "--prompts", str(prompts),
-              "--out", str(tmp_path / "out"), "--batch", "16"]  # fmt: skip
-    evaluation.main([*common, "--split", "unseen", "--images", "1"])
-    data = json.loads((tmp_path / "out/scores.json").read_text())
-    assert data["results"]["base"]["n"] == 1
-    evaluation.main([*common, "--study", "last-step", "--roots", "2"])
-    data = json.loads((tmp_path / "out/last-step.json").read_text())
-    assert data["pairs"] == len(data["clip"]["differences"]) == 2
-    assert data["settings"]["roots"] == 2 and data["settings"]["T"] == 20
+    monkeypatch.chdir(tmp_path)
+    argv = ["--model", random_folder, "--device", "cpu", "--prompts", prompts, "--batch", 16]
+    argv += ["--T", 2]
+    run_main(*argv, "--split", "unseen", "--images", 1)
+    run_main(*argv, "--split", "train")
+    one, two = (json.loads((tmp_path / f"runs/eval-{n}/scores.json").read_text()) for n in (1, 2))
+    assert one["results"]["base"]["n"] == 1 and two["results"]["base"]["n"] == 4
+    assert one["settings"]["T"] == 2 and one["settings"]["sample_batch"] == 16
+    assert Image.open(tmp_path / "runs/eval-2/grid.png").size == (2 * 132 + 4, 132 + 4)
+
+
+@needs_judge
+def test_the_tiny_model_has_its_judge_and_its_styles(tmp_path, capsys):
+    argv = ["--model", "tiny", "--prompt", "a cat washing dishes", "--images", 2, "--T", 2]
+    run_main(*argv, "--device", "cpu", "--metrics", "clip", "--out", tmp_path / "out")
+    row = json.loads((tmp_path / "out/scores.json").read_text())["results"]["base"]
+    assert row["recognised"][0] in (0, 0.5, 1) and len(row["scores"]["recognised"]) == 2
+    assert 0 <= row["style entropy"] <= 1.0987 and sum(row["styles"].values()) == pytest.approx(1)
+    assert "| CLIPScore | recognised | style entropy |" in capsys.readouterr().out
+
+
+def test_defaults_are_the_runs_else_train_pys(tmp_path, monkeypatch):
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    sd = {name: value for name, _, value, *_ in train.SETTINGS}
+    args = evaluation.parse_args(["--model", "somewhere", "--device", "cpu"])
+    assert all(getattr(args, n) == sd[n] for n in ("T", "eta", "guidance"))
+    assert (args.metrics, args.sample_batch, args.images, args.seed) == (["clip"], 8, 2, ())
+    more = dict(T=7, eta=0.5, guidance=0, image_size=64, prediction_type="v_prediction")
+    run = write_run(tmp_path / "run", **more, reward="jpeg")
+    args = evaluation.parse_args(["--lora", run, "--device", "cpu", "--prompt", "cat"])
+    assert (args.model, args.metrics, args.images) == ("somewhere", ["jpeg"], 8)
+    assert {name: getattr(args, name) for name in more} == more
+    argv = ["--lora", run, "--T", "9", "--metrics", "clip, is", "--image-size", "32"]
+    args = evaluation.parse_args([*argv, "--device", "cpu", "--model", "tiny"])
+    assert (args.T, args.guidance, args.image_size) == (9, 0, 32)
+    assert args.metrics == ["clip", "is"] and args.sample_batch == args.decode_batch == 64
+
+
+# ---------------------------------------------------------------- bad input
 
 
 def fails(capsys, *argv):
-    """The error line of `eval.py argv`: one line after any progress bar, exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(a) for a in argv])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in error
-    assert error.count("error: ") == 1 and error.splitlines()[-1].startswith("error: "), error
-    return error
+    """The error line of `eval.py argv`: one line, exit code 2."""
+    return refused(capsys, argv, main=evaluation.main)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--prompt", " "], "--prompt is empty"), (["--images", "0"], "--images must be 1 or more"),
-    (["--metrics", "clip,foo"], "unknown --reward foo"), (["--metrics", ","], "--metrics is empty"),
-    (["--no-base"], "without --lora"),
-    (["--branches", "3"], "--branches belongs to --study table5"),
-    (["--study", "last-step", "--differ", "1"], "--differ belongs to --study table5"),
-    (["--study", "table5", "--branches", "1"], "--branches must be 2 or more"),
-    (["--study", "curves"], "needs --runs"), (["--runs", "a"], "--runs belongs to --study curves"),
-    (["--study", "tree", "--lora", "a", "b"], "one --lora at most"), (["--flag"], "--flag"),
-    (["--study", "curves", "--runs", "nowhere"], "nowhere is no run"),
-    (["--lora", "nowhere", "--device", "cpu"], "give a run folder or a .safetensors file"),
-    (["--prompts", "nowhere.txt", "--device", "cpu"], "cannot read the prompt file nowhere.txt"),
-])  # fmt: skip
-def test_bad_flags_end_with_one_line(argv, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert words in fails(capsys, *argv)
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--prompt", " "], "--prompt is empty"),
+        (["--images", "0"], "--images must be 1 or more"),
+        (["--images", 10**30], "--images must be 1 or more, and below a million"),
+        (["--batch", "-1"], "--batch must be 1 or more"),
+        (["--T", "0"], "--T must be 1 or more"),
+        (["--T", "1000"], "--T must be at most 999"),
+        (["--T", "2.5"], "--T"),
+        (["--threads", "0"], "--threads"),
+        (["--image-size", "0"], "--image-size"),
+        (["--eta", "0"], "--eta must be above 0"),
+        (["--eta", "1.5"], "--eta must be above 0 and at most 1"),
+        (["--eta", "nan"], "--eta"),
+        (["--guidance", "-1"], "--guidance must be 0 or more"),
+        (["--guidance", "nan"], "--guidance"),
+        (["--guidance", "inf"], "--guidance"),
+        (["--seed", "x"], "--seed"),
+        (["--metrics", "clip,foo"], "unknown --reward foo"),
+        (["--metrics", ","], "--metrics is empty"),
+        (["--no-base"], "without --lora"),
+        (["--flag"], "--flag"),
+        (["--device", "nowhere"], "--device nowhere is not there"),
+        (["--template", "4"], "--template"),
+        (["--lora", "nowhere"], "give a run folder or a .safetensors file"),
+        (["--lora", "x" * 300], "give a run folder or a .safetensors file"),
+        (["--prompts", "nowhere.txt"], "cannot read the prompt file nowhere.txt"),
+        (["--prompts", "x" * 300], "cannot read the prompt file"),
+        (["--out", "x" * 300], "cannot write to"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_flags_end_with_one_line(light, capsys, argv, words):  # noqa: F811
+    """Before anything heavy is loaded."""
+    device = [] if "--device" in argv else ["--device", "cpu"]
+    assert words in fails(capsys, *device, *argv)
 
 
-def test_bad_prompt_lists_end_with_one_line(capsys, tmp_path):
+def test_bad_prompt_lists_end_with_one_line(light, capsys, tmp_path):  # noqa: F811
     out = ["--device", "cpu", "--out", tmp_path / "out"]
     (tmp_path / "empty.txt").write_text("\n# only a comment\n")
     assert "holds no prompt" in fails(capsys, "--prompts", tmp_path / "empty.txt", *out)
@@ -356,168 +426,146 @@ def test_bad_prompt_lists_end_with_one_line(capsys, tmp_path):
     assert wanted in fails(capsys, "--prompts", tmp_path / "one.txt", "--split", "unseen", *out)
 
 
-def test_folders_that_are_no_run_end_with_one_line(capsys, tmp_path):
-    out = ["--device", "cpu", "--out", tmp_path / "out"]
+def test_results_are_not_overwritten(light, capsys, tmp_path):  # noqa: F811
+    (tmp_path / "scores.json").write_text("{}")
+    assert "holds results" in fails(capsys, "--device", "cpu", "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ("{cut", "config.json is damaged"),
+        ("[]", "holds no run"),
+        ("null", "holds no run"),
+        ({"model": None}, "holds no run"),
+        ({"model": 3}, "model can not be 3"),
+        ({"model": ["a"]}, "model can not be ['a']"),
+        ({"T": "many"}, "--T"),
+        ({"T": "20"}, "T can not be '20'"),
+        ({"T": 0}, "--T must be 1 or more"),
+        ({"T": 5000}, "--T must be"),
+        ({"T": True}, "--T"),
+        ({"eta": "x"}, "--eta"),
+        ({"eta": 7}, "--eta must be above 0 and at most 1"),
+        ({"guidance": [5.0]}, "guidance can not be [5.0]"),
+        ({"guidance": math.nan}, "guidance can not be nan"),
+        ({"image_size": "big"}, "--image-size"),
+        ({"prediction_type": "sample"}, "--prediction-type"),
+        ({"reward": "beauty"}, "unknown --reward beauty"),
+        ({"reward": {"clip": 1}}, "metrics can not be {'clip': 1}"),
+        ({"reward": "./none.py:score"}, "there is no file"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_settings_of_foreign_runs(light, capsys, tmp_path, config, words):  # noqa: F811
+    run = tmp_path / "run"
+    run.mkdir()
+    text = config if isinstance(config, str) else json.dumps(CONFIG | config)
+    (run / "config.json").write_text(text)
+    assert words in fails(capsys, "--lora", run, "--device", "cpu")
+
+
+def test_runs_of_different_models_end_with_one_line(light, capsys, tmp_path):  # noqa: F811
+    a, b = (write_run(tmp_path / n, model=n) for n in "ab")
+    error = fails(capsys, "--lora", a, b)
+    assert "differ in model, a and b: choose by --model" in error
+    c = write_run(tmp_path / "c", model="a", T=10)
+    assert "differ in T, 10 and 20" in fails(capsys, "--lora", a, c)
+    d = write_run(tmp_path / "d", model="a", reward="jpeg")
+    assert "differ in metrics, clip and jpeg" in fails(capsys, "--lora", a, d)
+    e = write_run(tmp_path / "e", model="a", image_size=64)
+    assert "differ in image_size, 64 and None: choose by --image-size" in fails(
+        capsys, "--lora", a, e
+    )
+    args = evaluation.parse_args(["--lora", a, c, "--T", "5", "--device", "cpu"])
+    assert (args.T, args.model) == (5, "a")
+
+
+Q = "unet.mid.attn.to_q.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "tensors, header, words",
+    [
+        (None, None, "no LoRA at"),
+        ({}, None, "holds no LoRA"),
+        ({"weight": torch.zeros(2)}, None, "holds no LoRA"),
+        ({"lora_unet_mid.lora_down.weight": torch.zeros(2, 2)}, None, "holds no LoRA"),
+        ({Q: torch.zeros(4)}, None, f"{Q}, of shape (4,), is no weight of a LoRA"),
+        ({Q: torch.zeros(())}, None, "of shape (), is no weight of a LoRA"),
+        ({Q: torch.zeros(0, 8)}, None, "of shape (0, 8), is no weight of a LoRA"),
+        ({Q: torch.full((2, 2), math.nan)}, None, "not finite"),
+        ({Q: torch.full((2, 2), math.inf)}, None, "not finite"),
+        ({Q: torch.zeros(2, 2)}, {"run": "{cut"}, "no LoRA at"),
+        ({Q: torch.zeros(2, 2)}, {"run": "[]"}, "its header is that of no run"),
+        (
+            {Q: torch.zeros(2, 2)},
+            {"lora_adapter_metadata": '{"unet.r": 4, "unet.lora_alpha": 8}'},
+            "is scaled by alpha / rank",
+        ),
+    ],
+)
+def test_foreign_lora_files(light, capsys, tmp_path, tensors, header, words):  # noqa: F811
+    """One line before anything heavy is loaded."""
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(b"no tensors") if tensors is None else save_file(tensors, path, header)
+    assert words in fails(capsys, "--lora", path, "--device", "cpu")
+
+
+def test_folders_that_are_no_run_end_with_one_line(light, capsys, tmp_path):  # noqa: F811
     (tmp_path / "folder").mkdir()
-    assert "no LoRA at" in fails(capsys, "--lora", tmp_path / "folder", *out)
-    write_run(tmp_path / "cut", [1.0], model="tiny")
-    assert "is not finished: python train.py" in fails(capsys, "--lora", tmp_path / "cut", *out)
-    write_run(tmp_path / "new", [])
-    wanted = "has not finished a round"
-    assert wanted in fails(capsys, "--study", "curves", "--runs", tmp_path / "new", *out)
-    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
-    assert "no LoRA at" in fails(capsys, "--lora", tmp_path / "broken.safetensors", *out)
-    runs.write_safetensors(tmp_path / "other.safetensors", {"weight": torch.zeros(2)})
-    assert "holds no LoRA" in fails(capsys, "--lora", tmp_path / "other.safetensors", *out)
+    assert "no LoRA at" in fails(capsys, "--lora", tmp_path / "folder", "--device", "cpu")
+    write_run(tmp_path / "cut")
+    wanted = "has no finished round yet: python train.py --resume"
+    assert wanted in fails(capsys, "--lora", tmp_path / "cut", "--device", "cpu")
+    (tmp_path / "cut/checkpoint.safetensors").write_bytes(b"cut")
+    assert "no LoRA at" in fails(capsys, "--lora", tmp_path / "cut", "--device", "cpu")
 
 
-def test_defaults_are_the_runs_else_train_pys(tmp_path):
-    import train
-
-    sd = {name: value for name, _, value, _, _ in train.SETTINGS}
-    args = evaluation.parse_args(["--model", "somewhere", "--device", "cpu"])
-    assert all(getattr(args, n) == sd[n] for n in ("T", "eta", "guidance"))
-    run = write_run(tmp_path / "run", [1.0], model="somewhere", T=7, eta=0.5, guidance=2.5)
-    args = evaluation.parse_args(["--lora", run, "--device", "cpu"])
-    assert (args.model, args.T, args.eta, args.guidance) == ("somewhere", 7, 0.5, 2.5)
-    args = evaluation.parse_args(["--lora", run, "--T", "9", "--device", "cpu"])
-    assert (args.T, args.guidance) == (9, 2.5)
-
-
-def test_runs_of_different_models_end_with_one_line(capsys, tmp_path):
-    a, b = (write_run(tmp_path / n, [1.0], model=n, T=20, guidance=5.0) for n in "ab")
-    assert "differ in model, a and b" in fails(capsys, "--lora", a, b, "--out", tmp_path / "out")
-    c = write_run(tmp_path / "c", [1.0], model="a", T=10, guidance=5.0)
-    assert "differ in T, 10 and 20" in fails(capsys, "--lora", a, c, "--out", tmp_path / "out")
+def test_an_unfinished_run_is_scored_by_its_checkpoint(no_clip, run, tmp_path, capsys):
+    """With the weights and without the optimizer's tensors beside them."""
+    argv = ["--no-base", "--prompt", "cat", "--images", 2, "--device", "cpu", "--lora"]
+    run_main(*argv, run, "--out", tmp_path / "a")
+    cut = tmp_path / "cut"
+    shutil.copytree(run, cut)
+    lora = cut / "pytorch_lora_weights.safetensors"
+    state, _ = evaluation.read_safetensors(lora)
+    lora.unlink()
+    moments = {f"exp_avg:{name}": 2 * value for name, value in state.items()}
+    write_safetensors(cut / "checkpoint.safetensors", state | moments, {"rounds_done": 3})
+    capsys.readouterr()
+    run_main(*argv, cut, "--out", tmp_path / "b")
+    assert f"{cut} is not finished: its LoRA after round 3" in capsys.readouterr().out
+    one, two = (json.loads((tmp_path / n / "scores.json").read_text())["results"] for n in "ab")
+    assert one[run]["scores"] == two[str(cut)]["scores"]
 
 
 def test_a_lora_of_another_model_ends_with_one_line(no_clip, random_folder, capsys, tmp_path):
-    state = {"unet.mid.attn.to_q.lora_A.weight": torch.zeros(4, 8),
-             "unet.mid.attn.to_q.lora_B.weight": torch.zeros(8, 4)}  # fmt: skip
-    runs.write_safetensors(tmp_path / "other.safetensors", state)
-    error = fails(capsys, "--lora", tmp_path / "other.safetensors", "--model", random_folder,
-                  "--no-base", "--prompt", "cat", "--device", "cpu",
-                  "--out", tmp_path / "out")  # fmt: skip
+    state = {Q: torch.zeros(4, 8), Q.replace("_A", "_B"): torch.zeros(8, 4)}
+    write_safetensors(tmp_path / "other.safetensors", state)
+    argv = ["--lora", tmp_path / "other.safetensors", "--model", random_folder, "--no-base"]
+    error = fails(capsys, *argv, "--prompt", "cat", "--device", "cpu", "--out", tmp_path / "out")
     assert "other.safetensors: this LoRA is of another model" in error
 
 
 def test_a_reward_that_fails_ends_with_one_line(random_folder, capsys, tmp_path):
     (tmp_path / "bad.py").write_text("def score(images, prompts):\n    return images\n")
-    error = fails(capsys, "--metrics", f"{tmp_path}/bad.py:score", "--model", random_folder,
-                  "--prompt", "cat", "--images", "1", "--device", "cpu",
-                  "--out", tmp_path / "out")  # fmt: skip
-    assert "bad.py:score returned shape (1, 3, 32, 32) for 1 pictures" in error
+    argv = ["--metrics", f"{tmp_path}/bad.py:score", "--model", random_folder, "--T", 2]
+    argv += ["--prompt", "cat", "--images", 1, "--device", "cpu", "--out", tmp_path / "out"]
+    error = fails(capsys, *argv)
+    assert "bad.py:score returned a Tensor" in error and "(1, 3, 32, 32)" in error
 
 
-def test_a_missing_matplotlib_is_named_before_the_work(no_clip, capsys, tmp_path, monkeypatch):
-    import builtins
+def test_a_full_disk_and_ctrl_c_end_with_one_line(light, monkeypatch, capsys):  # noqa: F811
+    def stopped(problem):
+        def stop(*_):
+            raise problem
 
-    real = builtins.__import__
+        monkeypatch.setattr(evaluation, "load_model", stop)
+        with pytest.raises(SystemExit) as end:
+            run_main("--model", "none", "--prompt", "cat", "--device", "cpu", "--out", "out")
+        return end.value.code, capsys.readouterr().err
 
-    def blocked(name, *args, **options):
-        return real("no_such_module" if name == "matplotlib" else name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", blocked)
-    error = fails(capsys, "--study", "tree", "--device", "cpu", "--out", tmp_path / "out")
-    assert "pip install matplotlib" in error
-
-
-# ---------------------------------------------------------------- results/run_all.py
-
-
-@pytest.fixture(scope="module")
-def run_all():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("run_all", ROOT / "results/run_all.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_row_has_flags_that_exist_equal_queries_and_updates(run_all, tmp_path, monkeypatch):
-    import train
-
-    monkeypatch.chdir(tmp_path)  # no run lies about
-    groups, configs = run_all.rows(), []
-    for name, (settings, steps) in {**groups["first"], **groups["tune"]}.items():
-        for (file, *argv), _ in steps:
-            args = {"train.py": train, "eval.py": evaluation}[file].parse_args(argv)
-            if file == "train.py":
-                configs.append(vars(args))
-                for flag, value in settings.items():
-                    assert getattr(args, flag.replace("-", "_")) == value, (name, flag)
-    own = {k.replace("-", "_") for more in run_all.OF_METHOD.values() for k in more}
-    assert own == {"epochs", "tau0", "skip_last", "update_size"}
-    for c in configs:  # equal queries a run and trajectories an update, whatever the method
-        assert c["queries"] % c["branches"] == 0 and c["branches"] == (
-            1 if c["no_bs"] else run_all.BRANCHES)  # fmt: skip
-        for what in ("rounds", "queries", "clip_range"):
-            assert c[what] == configs[0][what], what
-    for name, (_, steps) in groups["first"].items():  # the base model is drawn as it was trained
-        for (file, *argv), _ in steps:
-            drawn = evaluation.parse_args(argv) if file == "eval.py" else SimpleNamespace(lora=[1])
-            if not drawn.lora:
-                assert (drawn.T, drawn.eta, drawn.guidance, drawn.model) == tuple(
-                    configs[0][k] for k in ("T", "eta", "guidance", "model")), name  # fmt: skip
-    methods = {(c["no_bpt"], c["no_bs"], c["seed"]) for c in configs if c["seed"] in run_all.SEEDS}
-    assert len(methods) == 4 * len(run_all.SEEDS)
-    assert not set(run_all.SEEDS) & set(run_all.TUNE["seeds"])  # tuned apart from what is reported
-
-
-def test_wilson_intervals():
-    """Against the textbook's figures, and where p is 0 or 1."""
-    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert wilson(0.0, 128) == pytest.approx((0.0, 0.0291), abs=1e-4)
-    assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-
-
-def test_the_gain_in_inception_score_is_paired(run_all):
-    """The same pictures left out of both; the seeds' spread comes on top of it."""
-    def seeds(scores, left_out):
-        return [{"train": {"inception score": [score, 9.0], "inception score, left out": v}}
-                for score, v in zip(scores, left_out)]  # fmt: skip
-
-    b = seeds([2.0], [[2.0, 2.1, 1.9, 2.0]])
-    shifted = seeds([2.5], [[2.5, 2.6, 2.4, 2.5]])
-    assert run_all.inception_gain(shifted, b) == pytest.approx((0.5, 0.0, 0.0))
-    a = seeds([3.0, 5.0], [[3.0, 3.3, 3.1, 3.0], [5.0, 5.1, 5.1, 5.0]])
-    difference = np.array([4.0, 4.2, 4.1, 4.0]) - [2.0, 2.1, 1.9, 2.0]
-    error = math.sqrt(3 / 4 * np.square(difference - difference.mean()).sum())
-    assert run_all.inception_gain(a, b) == pytest.approx((2.0, math.sqrt(error**2 + 2 / 2), error))
-
-
-def test_the_papers_own_differences(run_all):
-    line = run_all.MATRIX[0]
-    assert run_all.paper_gain(line, "bpt-bs", "vanilla") == pytest.approx((0.0050, 0.0241))
-    assert run_all.paper_gain(line, "vanilla", "base") == pytest.approx((0.0183, -0.0293))
-    assert run_all.paper_gain(line, "bs", "vanilla") == (None, None)
-    dpok = next(x for x in run_all.MATRIX if x["algo"] == "dpok")
-    assert run_all.paper_gain(dpok, "bpt-bs", "vanilla") == (None, pytest.approx(0.0220))
-
-
-def test_no_row_replaces_another(run_all, monkeypatch):
-    """A line with settings of its own needs a name of its own."""
-    line = run_all.MATRIX[1] | {"settings": {"epochs": 2}}
-    monkeypatch.setattr(run_all, "MATRIX", (*run_all.MATRIX, line))
-    with pytest.raises(SystemExit, match="two rows are called t2-ddpo-seed0"):
-        run_all.rows()
-    monkeypatch.setattr(run_all, "MATRIX", (*run_all.MATRIX[:-1], line | {"name": "twice"}))
-    assert run_all.rows()["first"]["twice-t2-ddpo-seed0"][0]["epochs"] == 2
-
-
-def test_the_pooled_gain_is_numpys(run_all):
-    rng = np.random.default_rng(0)
-    after, before = rng.normal(size=(3, 8)), rng.normal(size=(1, 8))
-    mean, error, (spread, none) = run_all.gain(after.tolist(), before.tolist())
-    difference = after.mean(0) - before[0]
-    assert mean == pytest.approx(difference.mean()) and none == 0
-    assert error == pytest.approx(difference.std(ddof=1) / 8**0.5)
-    assert spread == pytest.approx(after.mean(1).std(ddof=1))
-
-
-def test_a_run_of_other_settings_is_not_taken_for_the_row(run_all, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"lr": 0.1, "update_size": 32}))
-    assert run_all.other_settings(tmp_path, {"lr": 0.1, "update-size": 32}) is None
-    assert "lr is 0.1, the table says 0.2" in run_all.other_settings(tmp_path, {"lr": 0.2})
-    assert run_all.other_settings(tmp_path / "none", {"lr": 0.2}) is None
+    code, said = stopped(OSError(28, "No space left on device"))
+    assert (code, said) == (2, "error: cannot write to out: No space left on device\n")
+    assert stopped(KeyboardInterrupt()) == (130, "")

@@ -5,11 +5,9 @@ import torch
 from conftest import make_pipeline, make_small, randomise_lora
 from diffusers import UNet2DConditionModel
 
-import runs
-from lora import (
-    LoRALinear, inject_lora, load_lora, lora_layers, lora_off, lora_parameters, lora_state,
-    remove_lora,
-)  # fmt: skip
+from lora import LoRALinear, inject_lora, load_lora, lora_layers, lora_off, lora_parameters
+from lora import lora_state, remove_lora, webui_state
+from run_folder import write_safetensors
 
 
 @torch.no_grad()
@@ -171,8 +169,26 @@ def test_diffusers_loads_the_saved_file(tmp_path):
     inject_lora(ours.unet)
     randomise_lora(ours.unet)
     path = tmp_path / "pytorch_lora_weights.safetensors"
-    runs.write_safetensors(path, lora_state(ours.unet))
+    write_safetensors(path, lora_state(ours.unet))
     theirs.load_lora_weights(tmp_path)
     torch.testing.assert_close(predict(theirs.unet), predict(ours.unet), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(predict(theirs.unet), base, atol=1e-3)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_layout_of_web_uis():
+    """kohya's names: a down, an up and an alpha a layer; alpha = rank, so that the scale is 1."""
+    unet = _injected(rank=3)
+    randomise_lora(unet)
+    state = lora_state(unet)
+    webui = webui_state(state)
+    assert len(webui) == len(state) // 2 * 3
+    for name, value in state.items():
+        layer, _, kind = name.removesuffix(".weight").rpartition(".")
+        layer = "lora_unet_" + layer.removeprefix("unet.").replace(".", "_")
+        half = {"lora_A": "lora_down", "lora_B": "lora_up"}[kind]
+        assert torch.equal(webui[f"{layer}.{half}.weight"], value)
+        assert webui[f"{layer}.alpha"].item() == 3
+    theirs = make_pipeline()
+    theirs.load_lora_weights(dict(webui))
+    torch.testing.assert_close(predict(theirs.unet), predict(unet), atol=1e-5, rtol=1e-5)

@@ -1,14 +1,19 @@
 """Rewards against direct computations, on small random models of the classes that are used."""
 
 import io
+import itertools
+import json
 
+import huggingface_hub.utils as hub
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import rewards
-import runs
-from rewards import BertRecall, BertScore, ClipScore, check_reward_name, checked, load_reward
+from processes import Stop
+from rewards import BertRecall, BertScore, ClipScore, checked, load_reward
 
 PROMPTS = ["a cat washing dishes", "a dog", "a cat washing dishes"]
 
@@ -24,17 +29,13 @@ def images():
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A random open_clip model of 32x32 pictures in a folder, as the tiny model keeps its own."""
-    import json
-
     from open_clip import CLIP
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    config = {"embed_dim": 16,
-              "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8,
-                             "head_width": 16},
-              "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2,
-                           "layers": 1}}  # fmt: skip
+    vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
     folder = tmp_path_factory.mktemp("clip")
     normal = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
     (folder / "open_clip_config.json").write_text(
@@ -63,16 +64,29 @@ def test_clip_score_is_the_cosine_of_the_embeddings_of_eight_bit_pictures(clip_f
 
 def test_a_prompts_embedding_is_the_same_bits_in_any_company():
     """Or a resumed run, which embeds them in another order, would not repeat itself."""
-    score = rewards.load_reward("clip", runs.HERE / "tiny", torch.device("cpu")).model
-    prompts = runs.load_prompts(1)[0][:40]
+    score = load_reward("clip", ROOT / "tiny", torch.device("cpu")).model
+    words = itertools.product(["a cat", "two red balls", "a dog and"], ["", " ", " on the bike"])
+    prompts = [first + then + "x" * n for first, then in words for n in range(4)]
     alone = torch.cat([score.embed_text([p]) for p in prompts])
     score.text.clear()
     assert torch.equal(score.embed_text(prompts), alone)
 
 
 def test_eight_bit_pictures_are_rounded_not_cut():
-    picture = rewards.to_pil(torch.full((1, 3, 2, 2), 0.9999))[0]
-    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    values = torch.linspace(-0.1, 1.1, 2 * 3 * 50 * 40)
+    images = values.reshape(2, 3, 50, 40).requires_grad_()  # with numbers outside, too
+    for picture, image in zip(rewards.to_pil(images), images.detach(), strict=True):
+        expected = (image.clamp(0, 1).double().permute(1, 2, 0).numpy() * 255).round()
+        assert picture.mode == "RGB" and picture.size == (40, 50)
+        assert (np.asarray(picture) == expected).all()
+
+
+def test_loading_leaves_the_bars_of_downloads_on(clip_folder, deberta_folder):
+    """They are the only sign of life while gigabytes arrive."""
+    hub.enable_progress_bars()
+    ClipScore(f"local-dir:{clip_folder}", None)
+    BertRecall(deberta_folder, 2)
+    assert not hub.are_progress_bars_disabled()
 
 
 # ---------------------------------------------------------------- BERTScore
@@ -87,12 +101,22 @@ def write_deberta(folder, layers=3, seed=0):
     letters = [*"abcdefghijklmnopqrstuvwxyzTI.,", "Ġ", "th", "Ġc"]
     tokenizer = DebertaTokenizer(
         vocab={w: n for n, w in enumerate(special + letters)},
-        merges=[("t", "h"), ("Ġ", "c")], model_max_length=64)  # fmt: skip
+        merges=[("t", "h"), ("Ġ", "c")],
+        model_max_length=64,
+    )
     config = DebertaConfig(
-        vocab_size=len(special + letters), hidden_size=32, num_hidden_layers=layers,
-        num_attention_heads=2, intermediate_size=64, relative_attention=True, pad_token_id=3,
-        pos_att_type=["c2p", "p2c"], position_biased_input=False, type_vocab_size=0,
-        initializer_range=0.5)  # fmt: skip
+        vocab_size=len(special + letters),
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=64,
+        relative_attention=True,
+        pad_token_id=3,
+        pos_att_type=["c2p", "p2c"],
+        position_biased_input=False,
+        type_vocab_size=0,
+        initializer_range=0.5,
+    )
     DebertaModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -103,8 +127,13 @@ def deberta_folder(tmp_path_factory):
     return write_deberta(tmp_path_factory.mktemp("deberta"))
 
 
-ANSWERS = ["a cat washes the dishes in the kitchen", "", "the dog", " a cat ",
-           "The image contains a cat"]  # fmt: skip
+ANSWERS = [
+    "a cat washes the dishes in the kitchen",
+    "",
+    "the dog",
+    " a cat ",
+    "The image contains a cat",
+]
 REFERENCES = [
     rewards.REFERENCE.format(p) for p in ("a cat", "a dog", "a cat on a bike", "cat", "a cat")
 ]
@@ -139,10 +168,15 @@ def test_bert_recall_is_that_of_the_bert_score_package(deberta_folder, monkeypat
 
     if not hasattr(PreTrainedTokenizerBase, "build_inputs_with_special_tokens"):
         # gone in transformers 5; bert-score 0.3.13 calls it for the empty answer
-        monkeypatch.setattr(PreTrainedTokenizerBase, "build_inputs_with_special_tokens",
-                            lambda self, ids: [self.cls_token_id, *ids, self.sep_token_id],
-                            raising=False)  # fmt: skip
-    scorer = package.BERTScorer(model_type=str(deberta_folder), num_layers=2, use_fast_tokenizer=True)
+        monkeypatch.setattr(
+            PreTrainedTokenizerBase,
+            "build_inputs_with_special_tokens",
+            lambda self, ids: [self.cls_token_id, *ids, self.sep_token_id],
+            raising=False,
+        )
+    scorer = package.BERTScorer(
+        model_type=str(deberta_folder), num_layers=2, use_fast_tokenizer=True
+    )
     _, recall, _ = scorer.score(ANSWERS, REFERENCES)
     got = BertRecall(deberta_folder, 2)(ANSWERS, REFERENCES)
     print("max difference", (got - recall).abs().max().item())
@@ -160,42 +194,100 @@ def llava_folder(tmp_path_factory):
     """A random LLaVA of 28x28 pictures, 4 patches, and a tokenizer of words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
-        CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig,
-        LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast,
-    )  # fmt: skip
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
 
     torch.manual_seed(0)
-    words = ["<unk>", "<pad>", "</s>", "<image>", "USER", ":", "ASSISTANT", "a", "cat", "dog",
-             "the", "is", "on", "bike"]  # fmt: skip
+    words = [
+        "<unk>",
+        "<pad>",
+        "</s>",
+        "<image>",
+        "USER",
+        ":",
+        "ASSISTANT",
+        "a",
+        "cat",
+        "dog",
+        "the",
+        "is",
+        "on",
+        "bike",
+    ]
     plain = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, unk_token="<unk>", pad_token="<pad>", eos_token="</s>",
-        additional_special_tokens=["<image>"])  # fmt: skip
+        tokenizer_object=plain,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>"],
+    )
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                       num_attention_heads=2, image_size=28, patch_size=14),
-        text_config=LlamaConfig(vocab_size=len(words), hidden_size=16, intermediate_size=32,
-                                num_hidden_layers=1, num_attention_heads=2, eos_token_id=2,
-                                num_key_value_heads=2, pad_token_id=1, bos_token_id=0,
-                                initializer_range=1.0),
-        image_token_index=3, vision_feature_layer=-2,
-        vision_feature_select_strategy="default")  # fmt: skip
+        vision_config=CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            eos_token_id=2,
+            num_key_value_heads=2,
+            pad_token_id=1,
+            bos_token_id=0,
+            initializer_range=1.0,
+        ),
+        image_token_index=3,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
     folder = tmp_path_factory.mktemp("llava")
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     pictures = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    LlavaProcessor(pictures, tokenizer, patch_size=14, num_additional_image_tokens=1,
-                   vision_feature_select_strategy="default").save_pretrained(folder)  # fmt: skip
+    LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=14,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    ).save_pretrained(folder)
     return folder
 
 
+@torch.no_grad()
+def greedy_answer(score, image, tokens):
+    """LLaVA's answer about one picture, token by token."""
+    text = "USER: <image>\nAnswer concisely: what is going on in this image? ASSISTANT:"
+    inputs = score.processor(images=rewards.to_pil(image[None])[0], text=text, return_tensors="pt")
+    ids, pixels, answer = inputs["input_ids"], inputs["pixel_values"], []
+    while len(answer) < tokens:
+        logits = score.llava(input_ids=ids, pixel_values=pixels).logits[0, -1]
+        answer.append(logits.argmax().item())
+        if answer[-1] == score.processor.tokenizer.eos_token_id:
+            break
+        ids = torch.cat([ids, torch.tensor([answer[-1:]])], 1)
+    return score.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
 def test_bert_score_compares_llavas_answers_with_the_prompt(llava_folder, deberta_folder, images):
-    score = BertScore(llava_folder, deberta_folder, 2, dtype=torch.float32, batch=2,
-                      max_new_tokens=6)  # fmt: skip
+    score = BertScore(llava_folder, (deberta_folder, 2), dtype=torch.float32)
+    score.batch, score.max_new_tokens = 2, 6
     said = score.describe(images)
     assert len(said) == 3 and len(set(said)) > 1 and not any("USER" in s for s in said)
-    alone = [score.describe(image[None])[0] for image in images]
-    assert alone == said  # answers do not depend on the batch
+    assert said == [greedy_answer(score, image, tokens=6) for image in images]
     expected = score.recall(said, [f"The image contains {p}" for p in PROMPTS])
     got = checked(score, "bert")(images, PROMPTS)
     torch.testing.assert_close(got, expected)
@@ -223,111 +315,133 @@ def test_jpeg_is_minus_the_size_that_pil_writes(images):
     assert got[3] > got[:3].max()  # a plain picture compresses best
 
 
-# ---------------------------------------------------------------- your own, and bad input
+# ---------------------------------------------------------------- any reward, checked
 
 
-OWN = """
-from dataclasses import dataclass
-import numpy as np
+def test_a_reward_gets_copies_and_its_answer_is_copied(images):
+    """Else a reward could change the round's pictures, or the scores of an earlier batch."""
+    answer, pictures, prompts = torch.arange(3.0), images.clone(), list(PROMPTS)
 
-def score(images, prompts):
-    return images.mean((1, 2, 3))
+    def careless(images, prompts):
+        images.zero_()
+        prompts.clear()
+        answer.add_(1)
+        return answer
 
-def as_list(images, prompts):
-    return [len(p) for p in prompts]
-
-def as_array(images, prompts):
-    return np.arange(len(prompts))
-
-def raises(images, prompts):
-    return images.no_such_thing
-
-def shape(images, prompts):
-    return images.mean((2, 3))
-
-def nothing(images, prompts):
-    pass
-
-def nan(images, prompts):
-    out = images.mean((1, 2, 3))
-    out[1] = float("nan")
-    return out
-
-number = 3
-"""
+    first = checked(careless, "x")(pictures, prompts)
+    second = checked(careless, "x")(pictures, prompts)
+    assert first.tolist() == [1, 2, 3] and second.tolist() == [2, 3, 4]
+    assert torch.equal(pictures, images) and prompts == PROMPTS
 
 
-@pytest.fixture
-def own(tmp_path):
-    (tmp_path / "my_reward.py").write_text(OWN)
-    return str(tmp_path / "my_reward.py")
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [3, 5, 7],
+        (3.0, 5.0, 7.0),
+        np.array([3, 5, 7], np.uint8),
+        torch.tensor([3.0, 5.0, 7.0]).half(),
+        torch.tensor([3.0, 5.0, 7.0], dtype=torch.float64, requires_grad=True),
+        range(3, 9, 2),
+        [torch.tensor(3), torch.tensor(5), torch.tensor(7)],
+    ],
+)
+def test_an_answer_may_be_any_list_of_numbers(images, answer):
+    scores = checked(lambda x, p: answer, "x")(images, PROMPTS)
+    assert scores.tolist() == [3, 5, 7] and scores.dtype == torch.float32
+    assert not scores.requires_grad and scores.device.type == "cpu"
 
 
-def test_a_function_of_ones_own_file_is_a_reward(own, images):
-    assert check_reward_name(f"{own}:score") is None
-    torch.testing.assert_close(load_reward(f"{own}:score")(images, PROMPTS), images.mean((1, 2, 3)))
-    assert load_reward(f"{own}:as_list")(images, PROMPTS).tolist() == [20, 5, 20]
-    assert load_reward(f"{own}:as_array")(images, PROMPTS).tolist() == [0, 1, 2]
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (None, "a NoneType:"),
+        (1.0, "a float of torch.float32, shape ():"),
+        ("abc", "a str:"),
+        ({"a": 1}, "a dict:"),
+        (["a", "b", "c"], "a list:"),
+        ([[1], [2], [3]], "shape (3, 1):"),
+        (torch.ones(3, 1), "a Tensor of torch.float32, shape (3, 1):"),
+        ([1, 2], "shape (2,):"),
+        ((n for n in range(3)), "a generator:"),
+        ([1j, 2, 3], "of torch.complex64, shape (3,):"),
+        (torch.ones(3, dtype=torch.complex64), "of torch.complex64"),
+        ([2**70] * 3, "a list:"),
+        (torch.ones(3, device="meta"), "a Tensor"),
+        (torch.ones(3).to_sparse(), "a Tensor"),
+        (np.array(["a", "b", "c"]), "a ndarray:"),
+        ([None] * 3, "a list:"),
+        ([], "shape (0,):"),
+    ],
+)
+def test_an_answer_of_another_kind_is_told_in_one_line(images, answer, words, recwarn):
+    with pytest.raises(Stop) as stop:
+        checked(lambda x, p: answer, "x.py:f")(images, PROMPTS)
+    assert str(stop.value).startswith("reward x.py:f returned a ") and words in str(stop.value)
+    assert "it must return 3 numbers" in str(stop.value) and "\n" not in str(stop.value)
+    assert not recwarn.list
 
 
-@pytest.mark.parametrize("function, words", [
-    ("raises", ["raised AttributeError", "line 15"]), ("shape", ["shape (3, 3) for 3 pictures"]),
-    ("nothing", ["returned a NoneType"]), ("nan", ["returned nan", repr(PROMPTS[1])]),
-])  # fmt: skip
-def test_a_bad_reward_is_named_and_told_apart(own, images, function, words):
-    reward = load_reward(f"{own}:{function}")
-    with pytest.raises(runs.Stop) as stop:
-        reward(images, PROMPTS)
-    for word in [f"reward {own}:{function}", *words]:
-        assert word in str(stop.value)
-    assert "\n" not in str(stop.value)
+@pytest.mark.parametrize(
+    "answer, words", [([0, float("inf"), 1], "inf"), ([0, 1e60, 1], "inf"), ([0, np.nan, 1], "nan")]
+)
+def test_a_number_that_is_not_finite_names_its_prompt(images, answer, words):
+    with pytest.raises(Stop, match=f"^reward x returned {words} for the prompt 'a dog'$"):
+        checked(lambda x, p: answer, "x")(images, PROMPTS)
 
 
-def test_checked_names_any_reward_that_raises(images):
+def test_a_reward_that_raises_is_named(images):
     def broken(images, prompts):
         raise ValueError("no\nluck")
 
-    with pytest.raises(runs.Stop, match="reward clip raised ValueError: no$"):
+    with pytest.raises(Stop, match="^reward clip raised ValueError: no$"):
         checked(broken, "clip")(images, PROMPTS)
-    with pytest.raises(runs.Stop, match="returned inf for the prompt 'a dog'"):
-        checked(lambda x, p: [0.0, float("inf"), 1.0], "clip")(images, PROMPTS)
 
 
-@pytest.mark.parametrize("name, words", [
-    ("aesthetic", "one of clip, bert, jpeg"), ("missing.py:score", "there is no file missing.py"),
-    ("{own}:", "is no function's name"), ("{own}", "or your own as file.py:function"),
-])  # fmt: skip
-def test_check_reward_name_refuses_without_loading(own, name, words, capsys):
-    name = name.format(own=own)
-    assert words in check_reward_name(name)
-    with pytest.raises(SystemExit) as stop:
-        load_reward(name)
-    assert stop.value.code == 2 and words in capsys.readouterr().err
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_ctrl_c_and_out_of_memory_stay_themselves(images, kind, monkeypatch):
+    def end(*args, **options):
+        raise kind
+
+    with pytest.raises(kind):
+        checked(end, "clip")(images, PROMPTS)
+    monkeypatch.setattr(rewards, "ClipScore", end)
+    with pytest.raises(kind):
+        load_reward("clip")
 
 
-@pytest.mark.parametrize("name, words", [
-    ("{own}:absent", "has no function absent"), ("{own}:number", "has no function number"),
-])  # fmt: skip
-def test_a_missing_function_ends_with_one_line(own, name, words, capsys):
-    with pytest.raises(SystemExit):
-        load_reward(name.format(own=own))
-    assert words in capsys.readouterr().err
+def test_a_checked_reward_can_be_moved(images):
+    layer = torch.nn.Linear(1, 1)
+    reward = checked(layer, "x")
+    assert reward.model is layer and reward.to("meta") is layer and layer.weight.is_meta
+    assert checked(jpeg := rewards.jpeg_reward, "jpeg").to("meta") is jpeg
 
 
-def test_a_file_that_does_not_run_ends_with_one_line(tmp_path, capsys):
-    (tmp_path / "bad.py").write_text("import torch\n1 / 0\n")
-    with pytest.raises(SystemExit):
-        load_reward(f"{tmp_path}/bad.py:score")
-    error = capsys.readouterr().err
-    assert "ZeroDivisionError" in error and "line 2" in error and error.count("\n") == 1
+def test_llava_runs_in_half_precision_on_cuda_alone(monkeypatch):
+    made = lambda device, dtype: lambda images, prompts: [device, dtype]
+    monkeypatch.setattr(rewards, "BertScore", made)
+    for device, dtype in (("cpu", torch.float32), ("cuda:0", torch.float16)):
+        assert load_reward("bert", None, device).model([], []) == [device, dtype]
 
 
-def test_a_model_that_can_not_be_loaded_ends_with_one_line(capsys, monkeypatch):
+def test_a_model_that_can_not_be_loaded_ends_with_one_line(
+    clip_folder, tmp_path, capsys, monkeypatch
+):
     def no_hub(*args, **options):
         raise OSError("We couldn't connect\nto the hub")
 
     monkeypatch.setattr(rewards, "ClipScore", no_hub)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         load_reward("clip")
     error = capsys.readouterr().err
     assert "cannot load the model of reward clip" in error and error.count("\n") == 1
+    assert stop.value.code == 2
+    monkeypatch.undo()
+    (tmp_path / "clip").mkdir()  # damaged: JSON that is none, then no safetensors
+    for config in ("{", (clip_folder / "open_clip_config.json").read_text()):
+        (tmp_path / "clip/open_clip_config.json").write_text(config)
+        (tmp_path / "clip/open_clip_model.safetensors").write_bytes(b"0" * 100)
+        with pytest.raises(SystemExit):
+            load_reward("clip", tmp_path)
+        error = capsys.readouterr().err
+        assert "cannot load the model of reward clip" in error and error.count("\n") == 1

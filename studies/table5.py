@@ -1,0 +1,88 @@
+"""Table 5: the share of branches whose pictures differ in alignment, by branching step.
+
+    python studies/table5.py                                          # the tiny model
+    python studies/table5.py --model CompVis/stable-diffusion-v1-4    # 2.5 GB of latents
+
+Each of R paths x_T..x_0 is branched K times at x_t, t = 2, 4, .., T. The paper does not
+define "differ". Here [ours] a branch differs
+    in a score, if max - min is above --differ standard deviations within the branches
+    at T, which share x_T alone: an ordinary difference of two pictures of a prompt;
+    to the judge (tiny), if some but not all of its K pictures are recognised.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from eval import LABELS
+from studies.common import main, markdown, pyplot, rate, save_figure, study_parser, wilson
+
+# Branching at t = 2, 4, ..., 20; every share is a multiple of 1/256, hence 256 roots
+PAPER = (0.082, 0.168, 0.156, 0.281, 0.289, 0.340, 0.430, 0.445, 0.523, 0.664)
+
+
+def differs(scores, threshold):
+    """Branches (R, K) whose pictures differ, max - min being above `threshold`: (R,)."""
+    return scores.max(1).values - scores.min(1).values > threshold
+
+
+def table5(model, rewards, judge, prompts, args):
+    """Shares, thresholds and std within a branch by metric; prints and draws them."""
+    R, K, T, scores = args.roots, args.branches, model.schedule.T, {}
+    owners = [prompts[p % len(prompts)] for p in range(R)]
+    each = [owner for owner in owners for _ in range(K)]
+    roots = [(args.seed, "table5", p) for p in range(R)]
+    x_T = model.noise([(*root, "x_T") for root in roots])
+    path, _ = model.branch(x_T, T, 0, owners, [[(*root, "path")] for root in roots])
+    steps = sorted({*range(2, T + 1, 2), T})
+    for t in steps:
+        keys = [[(*root, t, k) for k in range(K)] for root in roots]
+        x, _ = model.branch(path[:, 0, T - t], t, 0, owners, keys)  # (R, K, t + 1, ...)
+        rated = rate(model, x[:, :, -1].flatten(0, 1), each, rewards, judge)
+        scores[t] = {name: v.view(R, K) for name, v in rated.items()}
+    result = {"steps": steps, "roots": R, "branches": K, "differ": args.differ}
+    result |= {"share": {}, "threshold": {}, "std_within": {}}
+    for name in scores[T]:
+        within = [scores[t][name].var(1).mean().sqrt().item() for t in steps]
+        threshold = 0.0 if name == "recognised" else args.differ * within[-1]
+        share = [differs(scores[t][name], threshold).float().mean().item() for t in steps]
+        result["share"][name], result["std_within"][name] = share, within
+        result["threshold"][name] = threshold
+    print("\n".join(table(result)))
+    figure, ax = pyplot().subplots(figsize=(5, 3.5))
+    for name, share in result["share"].items():
+        ax.plot(steps, share, "o-", label=LABELS.get(name, name))
+    if T == 20:
+        ax.plot(steps, PAPER, "k--", label="paper, SD 1.4")
+    ax.set(xlabel="branching step t", xticks=steps, ylim=(0, 1))
+    ax.set_ylabel("share of branches that differ")
+    ax.legend()
+    save_figure(figure, Path(args.out) / "table5.png")
+    return result
+
+
+def table(result):
+    """The shares and the paper's, Markdown lines; in brackets 95 % intervals."""
+    rows = []
+    for name, share in result["share"].items():
+        label, cells = LABELS.get(name, name), []
+        for p in share:
+            low, high = wilson(p, result["roots"])
+            cells.append(f"{100 * p:.1f} ({100 * low:.1f} to {100 * high:.1f})")
+        rows.append([f"{label} differs, %", *cells])
+        within = [f"{v:.4f}" for v in result["std_within"][name]]
+        rows.append([f"{label}, std within a branch", *within])
+    if result["steps"][-1] == 20:
+        rows.append(["paper, %", *(f"{100 * p:.1f}" for p in PAPER)])
+    return markdown(["branching at t", *result["steps"]], rows)
+
+
+def parser():
+    own = dict(roots=(256, "paths to branch"), branches=(3, "of a state, Table 6"))
+    own |= dict(differ=(1.0, "standard deviations that make a difference of scores"))
+    return study_parser(__doc__.split("\n")[0], "table5", **own)
+
+
+if __name__ == "__main__":
+    main(table5, parser())
