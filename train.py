@@ -143,7 +143,8 @@ def fill_in(args):
     args.branches = 1 if args.no_bs else args.branches
     if args.queries > args.branches > 0:
         args.queries -= args.queries % args.branches
-    args.tau_rounds = args.tau_rounds or args.rounds
+    if args.tau_rounds is None:
+        args.tau_rounds = args.rounds
     if args.eval_prompts is None:
         args.eval_prompts = 0 if args.validation_prompt else 100
     args.out = args.resume or args.out or run_folder.default_folder(vars(args), given)

@@ -320,6 +320,23 @@ def test_each_process_takes_its_own_gpu(monkeypatch, capsys):
     assert taken == [1]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bars_of_a_download_stay_on_a_terminal(random_folder, monkeypatch, terminal):
+    """Gigabytes may arrive; in a log file the bars would be noise."""
+    import diffusers
+    import transformers
+
+    silenced = []
+    for library in (diffusers, transformers):
+        silence = lambda name=library.__name__: silenced.append(name)
+        monkeypatch.setattr(library.utils.logging, "disable_progress_bar", silence)
+    screen = SimpleNamespace(isatty=lambda: terminal, write=lambda text: None, flush=lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", screen)
+        model_file.load_pipeline(str(random_folder))
+    assert silenced == ([] if terminal else ["diffusers", "transformers"])
+
+
 # ---------------------------------------------------------------- models that are refused
 
 

@@ -13,8 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same_run, brightness, make_pipeline, metrics, randomise_lora
-from conftest import write_prompts
+from conftest import assert_same_run, make_pipeline, metrics, randomise_lora, write_prompts
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -829,11 +828,3 @@ def test_the_code_of_a_card_draws(project):
     exec(code.replace("\npipe(", "\npicture = pipe(").replace(".images[0]", ".images"), names)
     assert names["picture"][0].size == (32, 32) and names["pipe"].scheduler.config.steps_offset == 1
     assert (project / "runs/a/grids/after-train.png").exists() and "grids/after-train.png" in card
-
-
-def test_the_reward_of_the_fixtures_is_the_projects():
-    """conftest's brightness is what `mean.py` says, so runs of both can be compared."""
-    names = {}
-    exec(REWARD, names)
-    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(names["score"](images, []), brightness(images, []))
