@@ -3,16 +3,16 @@
     symbol       paper                              here
     tau          training interval [tau, 1], Eq. 3  `tau`
     r, r_hat     score and normalised score, D.1    `scores`, `r_hat`: (P, K)
-    P, K         branch roots, branches of a root   leading axes, never flattened here
+    P, K         branch roots, branches of a root   leading axes
     G+, G-       Eq. 5                              `select_pairs`
-    p/p_old      ratio in Eq. 4 and 6               exp(log_p - log_p_old)
+    p/p_old      ratio rho in Eq. 4 and 6           exp(log_p - log_p_old)
     theta_old    weights that sampled the round     `log_p_old`, stored while sampling
 
 Pure torch: no files, no devices, no models. A loss here has a minus sign where Eq. 2 is
 maximised: Eq. 4 and 6 are gradients of the LOSS. Each returns one value per
 (trajectory, t); the mean over t and over the update's trajectories is taken in
-`train.py`. Eq. 6 has a sum over t: the mean is the sum / tau [official], and AdamW does
-not see the factor (the gradient-norm clip does).
+`train.py`. Eq. 6 has a sum over t: the mean is the sum / n [official], n the number of
+trained steps, and AdamW does not see the factor (the gradient-norm clip does).
 
 Sources: [official] hu-zijing/B2-DiffuRL: run_process.sh 20-35 (tau, window, threshold),
 run_select.py 62-90 (r_hat), 150-162 (best and worst), run_train.py 78 (mean over t),
@@ -37,7 +37,7 @@ def tau_schedule(i, rounds, T=20, tau0=14):
     """tau of round i = 0, 1, ...: linear from tau0 (14 [official]) to T (App. D.1).
 
     [official] tau0 + floor(i * (T - tau0 + 1) / rounds): each tau lasts equally long. A
-    run of fewer than T - tau0 + 1 rounds would never reach T by it: such a run is
+    run of fewer than T - tau0 + 1 rounds would not reach T with it: such a run is
     spread from tau0 in its first round to T in its last [ours]; a run of one round
     stays at tau0. Rounds that are added later train all T steps.
     """
@@ -68,8 +68,8 @@ class StepWeights:
 
     uniform: 1 [paper]. schedule: the inverse of `ddim_logprob.step_factor` [ours]. rms: the
     inverse root mean square of grad log p_t of single trajectories, running over the rounds
-    [ours]. Without it the last two of 20 steps have nearly all of the gradient's energy, though
-    nothing of the score is decided there.
+    [ours]. With uniform weights the last two of 20 steps have nearly all of the gradient's
+    energy (its squared norm), though nothing of the score is decided there.
     """
 
     def __init__(self, kind, factor, keep=0.8):
@@ -78,7 +78,7 @@ class StepWeights:
 
     def measure(self, start, energy):
         """Take in |grad log p_t|^2 of the steps t = start, start - 1, ...: (n,)."""
-        for t, now in zip(range(start, 0, -1), energy.tolist()):
+        for t, now in zip(range(start, start - len(energy), -1), energy.tolist()):
             past = self.square.get(str(t), now)  # JSON's keys are strings
             self.square[str(t)] = self.keep * past + (1 - self.keep) * now
 
@@ -141,9 +141,9 @@ def select_pairs(r_hat, threshold=0.5):
     """Eq. 5 with Table 6's threshold: the best and the worst branch of each root.
 
     r_hat: (P, K). The best is kept if r_hat > 0 and r_hat >= threshold, the worst if
-    r_hat < 0 and r_hat < -threshold, each on its own [official]: a root gives 0, 1 or 2
-    trajectories. Returns (M, 3) long, rows of (group, root, branch), a group's best
-    before its worst; the group is the root here.
+    r_hat < 0 and r_hat < -threshold, independently of the other [official]: a root gives
+    0, 1 or 2 trajectories. Returns (M, 3) long, rows of (group, root, branch), a group's
+    best before its worst; the group is the root here.
     """
     shape = tuple(r_hat.shape)
     assert len(shape) == 2 and shape[1] >= 2, f"need (P, K >= 2), got {shape}"
@@ -166,7 +166,7 @@ def select_all(r_hat):
 
 
 def dpo_pairs(kept, r_hat, prompts, threshold=0.5):
-    """What DPO trains on (Eq. 8): groups of `kept` (M, 3) with their best and worst.
+    """What DPO trains on (Eq. 8): the groups in which both best and worst are kept.
 
     Without BS, r_hat (P, 1), a pair is the best and the worst trajectory of a prompt in
     the round [ours], and the group is the prompt. prompts: P strings. Returns (M', 3)
@@ -247,7 +247,7 @@ def dpok_loss(log_p, log_p_old, r_hat, kl, clip_range, beta=0.01, alpha=1.0):
 
 
 def dpo_loss(log_p, log_ref, beta):
-    """Eq. 8 [ours, D3PO's form]: -log sigma(h), h = beta (log p+/ref+ - log p-/ref-).
+    """Eq. 8 [ours, D3PO's form]: -log sigma(h), h = beta (log(p+/ref+) - log(p-/ref-)).
 
     log_p, log_ref: (2b,), best and worst of b pairs in turn; the reference is the
     pre-trained model. With log p averaged over D, pass beta * D (D3PO: beta 0.1 on
@@ -259,7 +259,7 @@ def dpo_loss(log_p, log_ref, beta):
     return -logsigmoid(h).repeat_interleave(2), h
 
 
-# -------------------------------------------------- what the updates of a round tell
+# -------------------------------------------------- statistics of a round's updates
 
 
 class RoundLog:
@@ -303,7 +303,7 @@ class RoundLog:
             "updates": len(self.norms) - self.skipped,
             "skipped_updates": self.skipped,
             "trajectories_per_update": self.sizes,
-            "first_ratio": whole["first"].exp().mean().item(),  # must be 1 and 0
+            "first_ratio": whole["first"].exp().mean().item(),  # must be 1 and about 0
             "first_max_log_ratio": whole["first"].abs().max().item(),
             "clip_fraction": (ratio - 1).abs().gt(clip_range).double().mean().item(),
             "mean_abs_h": whole["h"].mean().item() if len(whole["h"]) else 0.0,

@@ -2,27 +2,24 @@
 
     symbol       paper                          here
     T            denoising steps, 20            `schedule.T`
-    t            time: T (noise) .. 1           `t`: (B,) long, never an array offset
+    t            time: T (noise) .. 1           `t`: (B,) long, not the scheduler's index
     x_t          state, Eq. 3                   `x_t`: (B, C, h, w) float32 latents
-    a_t          action = x_{t-1}               `x_prev`: (B, C, h, w)
+    x_{t-1}      action a_t, next state         `x_prev`: (B, C, h, w)
     c            prompt                         `cond` (B, L, d), `uncond` (1, L, d)
     mu_theta     mean, Eq. 1                    `mu`
     sigma_t      standard deviation, Eq. 1      `sigma`; the covariance is sigma_t^2 I
 
-Departures from the paper's letter
-    [ddpo] log p is AVERAGED over the D = C*h*w dimensions of a latent, not summed: a
-    summed ratio
-        overflows (1.01 ** 16384 at SD's size). It ties the clip range to D: see
+Departures from the paper's text
+    [ddpo] log p is AVERAGED over the D = C*h*w dimensions of a latent, not summed: a summed
+        ratio overflows (1.01 ** 16384 at SD's size). It ties the clip range to D: see
         `b2rl.py`.
-    [ours] every draw of noise comes from a generator keyed by (seed, round, root,
-    branch), never
-        from a global stream: a run does not depend on batch size or on the number of
+    [ours] every draw of noise comes from a generator keyed by (seed, round, root, branch),
+        never from a global stream: a run does not depend on batch size or on the number of
         processes, and resuming needs no random state.
     [ours] latents and log-probabilities are float32 in every precision. If x_{t-1} were
-    stored in
-        half precision after log p was taken, its rounding (3e-3 in bf16) would exceed
-        the clip range, as the last steps have sigma of 0.02..0.04, and the first ratio
-        would not be 1.
+        stored in half precision after log p was taken, its rounding (3e-3 in bf16) would
+        exceed the clip range, as the last steps have sigma of 0.02..0.04, and the first
+        ratio would not be 1.
 """
 
 import hashlib
@@ -50,13 +47,13 @@ class Schedule:
 def make_schedule(scheduler, T=20, eta=1.0):
     """DDIM's noise levels for T steps of a diffusers `DDIMScheduler` (T 20, eta 1: Table 6).
 
-    This is the one place where paper time meets the scheduler's timesteps: timesteps[0]
-    is the noisiest, so t = T - i. Raises ValueError where the step would not be a
-    Gaussian with positive sigma.
+    This is the one place where paper time meets the scheduler's timesteps: timesteps[j]
+    is paper time T - j. Raises ValueError where the step would not be a Gaussian with
+    positive sigma.
     """
     config = scheduler.config
     if config.clip_sample or config.thresholding:
-        raise ValueError("clip_sample, thresholding must be off: no Gaussian is clipped")
+        raise ValueError("clip_sample, thresholding must be off: a clipped step is not Gaussian")
     if config.prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"prediction_type {config.prediction_type!r} is not supported")
     spacing = config.timestep_spacing
@@ -67,11 +64,12 @@ def make_schedule(scheduler, T=20, eta=1.0):
     alpha_bar = scheduler.alphas_cumprod.double().cpu()[timestep]
     alpha_bar[0] = scheduler.final_alpha_cumprod.double()
     sigma = torch.zeros(T + 1, dtype=torch.float64)
-    now, then = alpha_bar[1:], alpha_bar[:-1]
-    sigma[1:] = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()  # DDIM, Eq. 16
+    abar_t, abar_prev = alpha_bar[1:], alpha_bar[:-1]
+    variance = (1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)
+    sigma[1:] = eta * variance.sqrt()  # DDIM, Eq. 16
     if not bool((sigma[1:] > 0).all()):
         raise ValueError(
-            "sigma is 0 at some step, so its log-probability is NaN: eta must be above 0 and the "
+            "sigma is 0 at some step, so its log p is NaN: eta must be above 0 and the "
             "scheduler needs steps_offset 1 (SD 1.4's setting)"
         )
     return Schedule(T, alpha_bar, sigma, timestep, config.prediction_type)
@@ -89,28 +87,33 @@ def ddim_mean(schedule, prediction, x_t, t):
     prediction, x_t: (B, C, h, w) float32; t: (B,) long paper time, mixed times allowed.
     Returns mu (B, C, h, w) and sigma_t (B, 1, 1, 1). [DDIM, Song et al., Eq. 12]
     """
-    a_t, a_prev = at_time(schedule.alpha_bar, t, x_t), at_time(schedule.alpha_bar, t - 1, x_t)
+    abar_t = at_time(schedule.alpha_bar, t, x_t)
+    abar_prev = at_time(schedule.alpha_bar, t - 1, x_t)
     sigma = at_time(schedule.sigma, t, x_t)
     if schedule.prediction_type == "epsilon":
         eps = prediction
-        x_0 = (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
-    else:  # v = sqrt(a) eps - sqrt(1 - a) x_0
-        x_0 = a_t.sqrt() * x_t - (1 - a_t).sqrt() * prediction
-        eps = a_t.sqrt() * prediction + (1 - a_t).sqrt() * x_t
-    mu = a_prev.sqrt() * x_0 + (1 - a_prev - sigma**2).clamp(min=0).sqrt() * eps
+        x_0 = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
+    else:  # v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
+        x_0 = abar_t.sqrt() * x_t - (1 - abar_t).sqrt() * prediction
+        eps = abar_t.sqrt() * prediction + (1 - abar_t).sqrt() * x_t
+    # eta is at most 1, so that only rounding can make the difference negative
+    mu = abar_prev.sqrt() * x_0 + (1 - abar_prev - sigma**2).clamp(min=0).sqrt() * eps
     return mu, sigma
 
 
 def step_factor(schedule):
-    """|d mu_t / d prediction| / sigma_t: how the schedule scales grad log p_t. (T + 1,) float64.
+    """|d mu_t / d prediction| / sigma_t: the schedule's part of grad log p_t.
 
-    For eta 1 and epsilon it is sqrt((1 - a) / (a (1 - alpha_bar[t-1]))), a = alpha_bar[t] /
-    alpha_bar[t-1]: about 1, but 5.4 at t = 2 of Stable Diffusion's 20 steps. Entry 0 is unused.
+    (T + 1,) float64, entry 0 unused. For eta 1 and epsilon it is sqrt((1 - a) / (a (1 -
+    abar[t-1]))) with a = abar[t] / abar[t-1]: about 1, but 5.4 at t = 2 of Stable
+    Diffusion's 20 steps.
     """
-    a_t, a_prev, sigma = schedule.alpha_bar[1:], schedule.alpha_bar[:-1], schedule.sigma[1:]
-    slope = (1 - a_prev - sigma**2).clamp(min=0).sqrt() - (a_prev * (1 - a_t) / a_t).sqrt()
+    abar_t, abar_prev = schedule.alpha_bar[1:], schedule.alpha_bar[:-1]
+    sigma = schedule.sigma[1:]
+    slope = (1 - abar_prev - sigma**2).clamp(min=0).sqrt()
+    slope = slope - (abar_prev * (1 - abar_t) / abar_t).sqrt()
     if schedule.prediction_type == "v_prediction":
-        slope = slope * a_t.sqrt()
+        slope = slope * abar_t.sqrt()
     return torch.cat([torch.ones(1, dtype=torch.float64), slope.abs() / sigma])
 
 
@@ -128,7 +131,7 @@ def ddim_step(schedule, prediction, x_t, t, noise):
     """
     mu, sigma = ddim_mean(schedule, prediction.float(), x_t, t)
     x_prev = mu + sigma * noise
-    assert x_prev.dtype == x_t.dtype == torch.float32, "latents are float32: see above"
+    assert x_prev.dtype == x_t.dtype == torch.float32, "latents must be float32"
     return x_prev, log_prob(x_prev, mu, sigma)
 
 

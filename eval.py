@@ -41,18 +41,19 @@ LABELS = {"clip": "CLIPScore", "bert": "BERTScore", "recognised": "judge"}
 
 
 @torch.no_grad()
-def kl_to_base(model, x, start, names, own, some, size):
-    """KL(p_theta || p_pre) of a step in nats, summed over D, over all steps of some trajectories.
+def kl_to_base(model, x, start, prompts, own, some, size):
+    """KL(p_theta || p_pre) of a step in nats, summed over D: mean over steps and trajectories.
 
-    x, start, names, own: as in `train.algorithm_1`; some: (m, 3) of those kept; size: rows a call.
+    x, start, prompts, own: as in `train.algorithm_1`; some (m, 3) of those kept, in UNet calls
+    of at most `size` rows.
     """
     total = torch.zeros(2, dtype=torch.float64)
     for p, k, s in micro_batches(some, own, x.shape[2] - 1, size):
-        x_t, prompts = x[p, k, s].to(model.device), [names[j] for j in p.tolist()]
-        mu, sigma = model.policy(x_t, start - s, prompts)
+        x_t, c = x[p, k, s].to(model.device), [prompts[q] for q in p]
+        mu, sigma = model.policy(x_t, start - s, c)
         with lora_off(model.unet):
-            mu_pre, _ = model.policy(x_t, start - s, prompts)
-        kl = gaussian_kl(mu, mu_pre, sigma) * math.prod(model.latent_shape)
+            mu_ref, _ = model.policy(x_t, start - s, c)
+        kl = gaussian_kl(mu, mu_ref, sigma) * math.prod(model.latent_shape)
         total += torch.tensor([kl.sum().item(), len(kl)])
     total = all_sum(total, model.device)
     return (total[0] / total[1]).item()

@@ -80,10 +80,10 @@ def open_trackers(cfg, folder):
     return track
 
 
-def step_energy(model, lora, x, start, names, own, some, size, generator):
+def step_energy(model, x, start, prompts, own, some, size, lora, generator):
     """|grad log p_t|^2 of a single trajectory, by step: (n,), a mean over the (m, 3) of `some`.
 
-    x, start, names, own: as in `train.algorithm_1`; size: rows a UNet call. The generator draws
+    The first seven are the `probe` of `train.algorithm_1`. The generator draws
     random signs: the square of a sum with such signs is on average the sum of the squares.
     """
     n, device, lora = x.shape[2] - 1, model.device, list(lora.values())
@@ -91,7 +91,7 @@ def step_energy(model, lora, x, start, names, own, some, size, generator):
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
     total = [[torch.zeros_like(v) for v in lora] for _ in range(n)]
     for p, k, s in micro_batches(some, own, n, size):
-        mu, sigma = model.policy(x[p, k, s].to(device), start - s, [names[j] for j in p])
+        mu, sigma = model.policy(x[p, k, s].to(device), start - s, [prompts[q] for q in p])
         log_p = log_prob(x[p, k, s + 1].to(device), mu, sigma)
         # 2**10, as gradients of a mean over D would be 0 in fp16; weights are relative
         signed = 2.0**10 * (log_p * signs[own[p], k, s].to(device)).sum()
@@ -124,7 +124,8 @@ def round_line(line, cfg, first_reward):
     )
     if line["kept"] == 0:
         text += f"\n  no branch passed --threshold {cfg.threshold}: no update"
-    if line["round"] == 1 and 4 * line["alone_on_prompt"] > line["of"]:
+    alone = 4 * line["alone_on_prompt"] > line["of"] and cfg.min_count < 2
+    if line["round"] == 1 and alone:
         text += (
             f"\n  {line['alone_on_prompt']} scores are the only one of their prompt and teach "
             "nothing yet: raise --queries, or pass --min-count 16 to normalise these by the round"

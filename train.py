@@ -12,13 +12,13 @@ The loop in `algorithm_1` reads like Algorithm 1. The mathematics is in `b2rl.py
 to 8) and `ddim_logprob.py` (Eq. 1), the pipeline in `model.py`, the run folder in
 `run_folder.py`.
 
-    P roots, K branches, n trained steps        of this process: Q of the P roots, `own`
+    P roots, K branches, n trained steps        own: indices of this process's Q roots
     x          (Q, K, n + 1, C, h, w)           states x_start..x_stop, on the CPU
     log_p_old  (Q, K, n)                        log p of the policy that sampled them
     scores     (P, K), of all processes         r_hat likewise
 
 Deliberate departures, besides those that `b2rl.py` and `ddim_logprob.py` name, all [ours]:
-an update is a fixed number of trajectories, cut into UNet calls as large as memory allows;
+an update is of about `update_size` trajectories, in UNet calls as large as memory allows;
 reward queries a round are a setting (roots: queries / branches), so that methods compare;
 a round in which no branch passes the threshold makes no update and says so.
 """
@@ -61,7 +61,7 @@ SETTINGS = (
     ("branches", int, 3, 4, "branches K of a root, BS [paper, Table 6; tiny: ours]"),
     ("threshold", float, 0.5, 0.5, "score threshold on r_hat, Eq. 5 [paper, Table 6]"),
     ("window", int, 8, 8, "past rounds in the mean and std of r_hat, App. D.1 [official]"),
-    ("min_count", int, 0, 0, "fewer scores of a prompt: the round's mean serves [ddpo: 16]"),
+    ("min_count", int, 0, 0, "below as many scores a prompt takes the round's mean [ddpo 16]"),
     ("rounds", int, 100, 18, "rounds N [official; tiny: ours]"),
     ("queries", int, 256, 200, "reward queries a round: roots x branches [paper 25.6k]"),
     ("epochs", int, 2, 1, "passes over a round's data [official; tiny: ours]"),
@@ -97,7 +97,7 @@ def parse_args(argv):
     add("--prompts", help="your own, not a template's: .txt, .jsonl or .csv")
     algos = f"{', '.join(ALGOS)}: Eq. 6 clipped, Eq. 6, Eq. 7, Eq. 8"
     add("--algo", default="ddpo", help=algos)
-    add("--no-bpt", action="store_true", help="train all T steps always (Sec. 3.2)")
+    add("--no-bpt", action="store_true", help="tau = T in every round (Sec. 3.2)")
     add("--no-bs", action="store_true", help="no branches, train on all (Sec. 3.3)")
     grows = "where tau grows from: x_0 (the paper) or the noise (an ablation)"
     weigh = "of steps in the loss: alike [paper], or by inverse factor or RMS [ours]"
@@ -255,11 +255,13 @@ def algorithm_1(cfg):
     lora = inject_lora(model.unet, cfg.rank, seed=cfg.seed)
     betas, eps = (cfg.beta1, cfg.beta2), cfg.adam_eps
     optimizer = torch.optim.AdamW(lora.values(), cfg.lr, betas, eps, cfg.weight_decay)
-    # In fp16 the gradients of a mean over D and an update would be 0; DPO's are larger
+    # In fp16 the gradients of a mean over D and an update would round to 0, so the loss is
+    # scaled up; DPO's is larger by beta * D. The scale must be there even without a share.
     scale = 2.0**6 if cfg.algo == "dpo" else 2.0**16
     scaler = torch.amp.GradScaler(device.type, scale, enabled=cfg.precision == "fp16")
-    scaler.scale(torch.zeros((), device=device))  # for a process without a share
-    normalise, first, in_a_row = RewardNormaliser(cfg.window, cfg.min_count), 0, 0
+    scaler.scale(torch.zeros((), device=device))
+    normalise = RewardNormaliser(cfg.window, cfg.min_count)
+    first, in_a_row = 0, 0  # rounds done; updates in a row that were skipped
     weights = StepWeights(cfg.step_weight, step_factor(model.schedule))
     mark = run_folder.fingerprint(vars(cfg), reward_source(cfg.reward))
     saved = cfg.resume and run_folder.load_checkpoint(folder, lora, optimizer, cfg, mark)
@@ -292,7 +294,7 @@ def algorithm_1(cfg):
         line |= {"of": scores.numel(), "alone_on_prompt": normalise.lone}
         line["seconds"] = {name: b - a for name, a, b in zip(PHASES, clock, clock[1:])}
         done, queries = line["round"], line["queries"]
-        # The checkpoint comes last: a resumed run writes again what a kill before it left out
+        # The checkpoint is written last: a kill before it means that the round is done again
         if done % cfg.grid_every == 0 and done < cfg.rounds and lists:
             name, prompts = next(iter(lists.items()))
             draw(f"round{done:04d}", name, prompts[:18], 1, queries, None)
@@ -313,66 +315,68 @@ def algorithm_1(cfg):
         with lora_off(model.unet):
             before = score_all("before", 0)
 
-    def key(*words):
-        return keyed_generator(cfg.seed, *words)
+    def generator(*key):
+        return keyed_generator(cfg.seed, *key)
 
     T, K, P = cfg.T, cfg.branches, cfg.queries // cfg.branches
-    D, limit, size = math.prod(model.latent_shape), cfg.adv_clip, cfg.micro_batch
+    D, clip, size = math.prod(model.latent_shape), cfg.clip_range, cfg.micro_batch
     for i in range(first, cfg.rounds):
         clock = [time.perf_counter()]
-        # BPT: only the steps t = tau..1 are trained; tau grows to T (Eq. 3, App. D.1)
+        # BPT: the steps t = start..stop+1, in the paper tau..1, are trained (Eq. 3, D.1)
         tau = T if cfg.no_bpt else tau_schedule(i, cfg.tau_rounds, T, cfg.tau0)
         start, stop = training_interval(tau, T, cfg.interval, cfg.skip_last)
         # Each root: a prompt, x_T, and the path to x_tau, which its branches share
-        drawn, own = draw_roots(train_prompts, cfg, i, worker, workers)
-        names, roots = [drawn[p] for p in own], [(cfg.seed, i, p) for p in own.tolist()]
+        prompts, own = draw_roots(train_prompts, cfg, i, worker, workers)  # P, (Q,)
+        own_prompts, roots = [prompts[p] for p in own], [(cfg.seed, i, int(p)) for p in own]
         x_T = model.noise([(*root, "x_T") for root in roots])
         shared = [(*root, "shared") for root in roots]
-        x_tau = model.denoise(x_T, T, start, names, shared)  # (Q, C, h, w)
+        x_tau = model.denoise(x_T, T, start, own_prompts, shared)  # (Q, C, h, w)
         # BS: K branches of each root, from x_tau on (Sec. 3.3)
         keys = [[(*root, k) for k in range(K)] for root in roots]
-        x, log_p_old = model.branch(x_tau, start, stop, names, keys)  # (Q, K, n + 1, ...)
-        x_0 = model.finish(x[:, :, -1], stop, names, keys)  # (Q, K, C, h, w)
+        x, log_p_old = model.branch(x_tau, start, stop, own_prompts, keys)
+        x_0 = model.finish(x[:, :, -1], stop, own_prompts, keys)  # (Q, K, C, h, w)
         clock.append(time.perf_counter())
-        scores, diversity = score(model, reward, x_0, names, own, P, K)
+        scores, diversity = score(model, reward, x_0, own_prompts, own, P, K)
         clock.append(time.perf_counter())
-        r_hat = normalise(i, drawn, scores)  # App. D.1
-        # Eq. 5: the best and the worst of each branch, where they pass the threshold
+        r_hat = normalise(i, prompts, scores)  # App. D.1
+        # Eq. 5: the best and the worst branch of each root, if they pass the threshold
         kept = select_all(r_hat) if cfg.no_bs else select_pairs(r_hat, cfg.threshold)
         if cfg.algo == "dpo":
-            kept = dpo_pairs(kept, r_hat, drawn, cfg.threshold)
-        some = kept[torch.randperm(len(kept), generator=key(i, "some"))[:8]]
+            kept = dpo_pairs(kept, r_hat, prompts, cfg.threshold)
+        some = kept[torch.randperm(len(kept), generator=generator(i, "some"))[:8]]
+        probe = (model, x, start, own_prompts, own, some, size)
         if cfg.step_weight == "rms" and len(kept):
-            probe = (model, lora, x, start, names, own, some, size)
-            weights.measure(start, step_energy(*probe, key(i, "signs")))
+            weights.measure(start, step_energy(*probe, lora, generator(i, "signs")))
         log, n, weight = RoundLog(), start - stop, weights(start, stop).to(device)
         if cfg.offload:
             model.move_others(reward, "cpu")
-        for epoch in range(cfg.epochs):
-            shuffle = key(i, "shuffle", epoch)
+        for epoch in range(cfg.epochs):  # nothing kept: no updates
+            shuffle = generator(i, "shuffle", epoch)
             for update in split_updates(kept, cfg.update_size, shuffle):
                 optimizer.zero_grad()
                 calls = list(micro_batches(update, own, n, size))
                 for p, k, s in progress(calls, "training"):
                     x_t, a_t, t = x[p, k, s].to(device), x[p, k, s + 1].to(device), start - s
-                    old, c = log_p_old[p, k, s].to(device), [names[q] for q in p]
-                    advantage = r_hat[own[p], k].clamp(-limit, limit).to(device)
+                    old, c = log_p_old[p, k, s].to(device), [own_prompts[q] for q in p]
+                    A = r_hat[own[p], k].clamp(-cfg.adv_clip, cfg.adv_clip).to(device)
                     mu, sigma = model.policy(x_t, t, c)
-                    log_p, h = log_prob(a_t, mu, sigma), None  # Eq. 1
+                    log_p = log_prob(a_t, mu, sigma)  # Eq. 1
+                    h = None
                     if cfg.algo in ("dpok", "dpo"):
                         with torch.no_grad(), lora_off(model.unet):
-                            mu_pre, _ = model.policy(x_t, t, c)  # p_pre, the reference
+                            mu_ref, _ = model.policy(x_t, t, c)  # p_pre
                     if cfg.algo == "ddpo":  # Eq. 6, clipped
-                        loss = ddpo_loss(log_p, old, advantage, cfg.clip_range)
+                        loss = ddpo_loss(log_p, old, A, clip)
                     elif cfg.algo == "pg":  # Eq. 6
-                        loss = pg_loss(log_p, old, advantage)
+                        loss = pg_loss(log_p, old, A)
                     elif cfg.algo == "dpok":  # Eq. 7
-                        kl, clip = gaussian_kl(mu, mu_pre, sigma), cfg.clip_range
-                        loss = dpok_loss(log_p, old, advantage, kl, clip, cfg.kl_beta)
-                    else:  # Eq. 8
-                        log_ref = log_prob(a_t, mu_pre, sigma)
+                        kl = gaussian_kl(mu, mu_ref, sigma)
+                        loss = dpok_loss(log_p, old, A, kl, clip, cfg.kl_beta)
+                    elif cfg.algo == "dpo":  # Eq. 8
+                        log_ref = log_prob(a_t, mu_ref, sigma)
                         loss, h = dpo_loss(log_p, log_ref, cfg.dpo_beta * D)
-                    loss = weight[s] * loss.sum() / (len(update) * n)  # a mean over m, t
+                    # the mean over the update's trajectories, of all processes, and steps
+                    loss = weight[s] * loss.sum() / (len(update) * n)
                     scaler.scale(loss).backward()
                     log.add(log_p, old, loss, h)
                 sum_gradients(lora.values(), device)
@@ -386,9 +390,9 @@ def algorithm_1(cfg):
                     raise Stop(HOPELESS)
         clock.append(time.perf_counter())
         line = {"round": i + 1, "tau": tau, "queries": (i + 1) * P * K, "kept": len(kept)}
-        line |= log.metrics(cfg.clip_range, lambda values: gather(values, device))
+        line |= log.metrics(clip, lambda values: gather(values, device))
         if len(kept):
-            line["kl_to_base"] = kl_to_base(model, x, start, names, own, some, size)
+            line["kl_to_base"] = kl_to_base(*probe)
         if cfg.offload:
             model.move_others(reward, device)
         line["spread_within_prompt"] = diversity

@@ -28,13 +28,13 @@ def last_step(model, rewards, judge, prompts, args):
     x, _ = model.branch(x_1, 1, 0, owners, keys)  # (R, 2, 2, C, h, w)
     rated = rate(model, x[:, :, -1].flatten(0, 1), each, rewards)
     gaps = {name: (v[0::2] - v[1::2]).abs() for name, v in rated.items()}  # (R,)
-    largest = max(gap.max().item() for gap in gaps.values())
+    bounds = (0, max(0.02, *(gap.max().item() for gap in gaps.values())))
     figure, ax = pyplot().subplots(figsize=(5, 3.5))
     for name, gap in gaps.items():
         above, label = (gap > 0.01).float().mean().item(), LABELS.get(name, name)
         result[name] = {"above_0.01": above, "differences": gap.tolist()}
         rows.append([label, R, f"{gap.mean():.5f}", f"{gap.max():.5f}", f"{above:.1%}"])
-        ax.hist(gap, bins=40, range=(0, max(0.02, largest)), alpha=0.6, label=label)
+        ax.hist(gap.numpy(), 40, range=bounds, alpha=0.6, label=label)
     head = ["score", "pairs", "mean difference", "largest", "share above 0.01"]
     print("\n".join(markdown(head, rows)))
     ax.axvline(0.01, color="k", linestyle="--", linewidth=1)

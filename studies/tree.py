@@ -51,8 +51,8 @@ def draw(ax, pictures, leaves, right, starts, B):
             if depth < len(starts):
                 text = f"$x_{{{starts[depth]}}}$\n{value:.3f}"
                 ax.text(x, y, text, ha="center", va="center", bbox=box)
-    for j, (picture, value) in enumerate(zip(pictures, leaves.tolist())):
-        ax.imshow(picture.permute(1, 2, 0), extent=(j - 0.46, j + 0.46, -0.92, 0))
+    for j, (picture, value) in enumerate(zip(pictures.numpy(), leaves.tolist())):
+        ax.imshow(picture.transpose(1, 2, 0), extent=(j - 0.46, j + 0.46, -0.92, 0))
         colour = "k" if right is None else "g" if right[j] else "r"
         ax.text(j, -1.05, f"{value:.3f}", ha="center", va="top", color=colour)
 

@@ -271,5 +271,5 @@ def start(tmp_path_factory):
     assert server.stdout.readline() == "ready\n", errors.read_text()[-2000:]
     go.errors = errors
     yield go
-    server.stdin.close()
+    server.kill()
     server.wait(timeout=60)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from b2rl import RewardNormaliser, RoundLog, ddpo_loss, dpo_loss, dpo_pairs, dpok_loss
-from b2rl import micro_batches, pg_loss, select_all, select_pairs, split_updates
+from b2rl import RewardNormaliser, RoundLog, StepWeights, ddpo_loss, dpo_loss, dpo_pairs
+from b2rl import dpok_loss, micro_batches, pg_loss, select_all, select_pairs, split_updates
 from b2rl import tau_schedule, training_interval
 
 # ---------------------------------------------------------------- tau
@@ -62,6 +62,34 @@ def test_training_interval_without_the_last_steps():
     assert training_interval(14, 20, "backward", 2) == (14, 2)
     assert training_interval(14, 20, "forward", 2) == (20, 6)
     assert training_interval(19, 20, "forward", 2) == (20, 2)
+
+
+# ---------------------------------------------------------------- weights of the steps
+
+
+def test_step_weights_of_the_schedule():
+    """The inverse of each step's factor, from x_start on; their mean is 1."""
+    factor = torch.tensor([9.0, 1.0, 4.0, 2.0, 0.5])
+    assert StepWeights("uniform", factor)(4, 1).tolist() == [1, 1, 1]
+    weights = StepWeights("schedule", factor)
+    assert weights(4, 1).tolist() == pytest.approx([2 * 12 / 11, 0.5 * 12 / 11, 0.25 * 12 / 11])
+    assert weights(2, 0).tolist() == pytest.approx([0.4, 1.6])
+    assert weights(4, 1).dtype == torch.float32
+
+
+def test_step_weights_by_the_root_mean_square():
+    """A running mean of the squares, a fifth the newest; through JSON, as the checkpoint does."""
+    weights = StepWeights("rms", torch.ones(5))
+    assert weights(3, 1).tolist() == [1, 1], "nothing is measured yet"
+    weights.measure(3, torch.tensor([4.0, 16.0]))
+    assert weights.square == {"3": 4.0, "2": 16.0}
+    assert weights(3, 1).tolist() == pytest.approx([4 / 3, 2 / 3])
+    resumed = StepWeights("rms", torch.ones(5))
+    resumed.square = json.loads(json.dumps(weights.square))
+    resumed.measure(4, torch.tensor([25.0, 9.0, 16.0]))
+    assert resumed.square == pytest.approx({"4": 25.0, "3": 5.0, "2": 16.0})
+    want = torch.tensor([25.0, 5.0, 16.0]).rsqrt()
+    torch.testing.assert_close(resumed(4, 1), want / want.mean())
 
 
 # ---------------------------------------------------------------- rewards

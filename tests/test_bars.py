@@ -1,5 +1,7 @@
 """The bars: held-out pictures, base samples, CLIP's choice, and the table's verdict."""
 
+from pathlib import Path
+
 import numpy as np
 import open_clip
 import pytest
@@ -59,6 +61,7 @@ def test_clip_knows_pictures(template, vae, tmp_path, monkeypatch):
     assert right.shape == (len(owner),) and right.float().mean() >= 0.8
     others = owner[len(STYLES) :] + owner[: len(STYLES)]
     assert bars.clip_right(model, tokenizer, images, others, known).float().mean() <= 0.2
+    assert Path.cwd() == tmp_path
 
 
 @pytest.mark.parametrize("share, met", [(1.0, False), (0.5, True), (0.0, False)])

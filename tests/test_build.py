@@ -184,10 +184,10 @@ def test_every_part_trains_and_is_written(tmp_path, monkeypatch):
     draw = world.draw_batch
     monkeypatch.setattr(world, "draw_batch", lambda rng, count: draw(rng, min(count, 4)))
     flags = ["--steps", "1", "--threads", "1", "--device", "cpu"]
-    build.main([*flags, "--build", "build", "--out", "out"])
+    out = tmp_path / "out"
+    build.main([*flags, "--build", "build", "--out", str(out)])
     names = {p.name for p in (tmp_path / "build").iterdir()}
     assert names == {f"{part}.safetensors" for part in (*build.STEPS, "pictures")}
-    out = tmp_path / "out"
     pipe = StableDiffusionPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.text_encoder.dtype == pipe.unet.dtype == torch.float32

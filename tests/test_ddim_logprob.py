@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
 from ddim_logprob import ddim_mean, ddim_step, denoise, gaussian_kl, guided_prediction
-from ddim_logprob import keyed_generator, keyed_noise, log_prob, make_schedule
+from ddim_logprob import keyed_generator, keyed_noise, log_prob, make_schedule, step_factor
 
 
 def scheduler(**changes):
@@ -112,6 +112,28 @@ def test_noise_level_that_rounds_below_zero():
     x, v = torch.randn(2, 3, 4, 8, 8)
     mu, _ = ddim_mean(schedule, v, x, torch.full((3,), 20))
     torch.testing.assert_close(mu, -a_prev.sqrt() * v)
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.4])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_step_factor_is_the_slope_of_the_mean(prediction_type, eta):
+    """|d mu / d prediction| / sigma: mu is linear in the prediction, so a difference tells it."""
+    schedule = make_schedule(scheduler(prediction_type=prediction_type), 20, eta)
+    t, zeros = torch.arange(1, 21), torch.zeros(20, 1, 1, 1)
+    (high, sigma), (low, _) = (ddim_mean(schedule, zeros + v, zeros, t) for v in (1, 0))
+    want = ((high - low).abs() / sigma).flatten()
+    factor = step_factor(schedule)
+    assert factor.shape == (21,)
+    torch.testing.assert_close(factor[1:].float(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_step_factor_of_stable_diffusion():
+    """The closed form at eta 1, and the large factor of the jump from timestep 51 to 1."""
+    schedule = make_schedule(scheduler(), 20)
+    a_bar, factor = schedule.alpha_bar, step_factor(schedule)
+    a = a_bar[1:] / a_bar[:-1]
+    torch.testing.assert_close(factor[1:], ((1 - a) / (a * (1 - a_bar[:-1]))).sqrt())
+    assert factor[1:4].tolist() == pytest.approx([1.00, 5.43, 1.14], abs=0.005)
 
 
 def test_latents_are_float32():

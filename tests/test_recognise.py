@@ -1,5 +1,7 @@
 """The judge: its weights know the world, and its pick is among the candidates alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ROOT
@@ -65,3 +67,4 @@ def test_the_judge_knows_pictures(template, tmp_path, monkeypatch):
     assert recognise(judge, images, owner, known).float().mean() >= 0.8
     others = owner[len(STYLES) :] + owner[: len(STYLES)]
     assert recognise(judge, images, others, known).float().mean() <= 0.2
+    assert Path.cwd() == tmp_path

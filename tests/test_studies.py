@@ -12,6 +12,7 @@ from conftest import ROOT, brightness, make_small, randomise_lora
 
 import eval as evaluation
 import train
+from b2rl import RewardNormaliser
 from ddim_logprob import ddim_mean, guided_prediction, keyed_generator, log_prob
 from lora import inject_lora, lora_layers, lora_state
 from rewards import checked
@@ -140,6 +141,10 @@ def test_last_step_pairs_share_all_but_the_last_step(small, rewards, args, capsy
     assert (ROOT / args.out / "last-step.png").stat().st_size > 1000
     numbers = f"{np.mean(gaps):.5f} | {max(gaps):.5f} | {sum(g > 0.01 for g in gaps) / 5:.1%}"
     assert f"| CLIPScore | 5 | {numbers} |" in capsys.readouterr().out
+    scale = 0.01 / sorted(gaps)[2]  # one difference at 0.01, two below and two above
+    rewards = {"own": lambda images, prompts: 1.001 * scale * score(images, prompts)}
+    got = last_step.last_step(small, rewards, None, PROMPTS, args)
+    assert got["own"]["above_0.01"] == pytest.approx(0.6)
 
 
 def test_tree_has_rewards_on_its_leaves(small, rewards, args):
@@ -237,6 +242,8 @@ def test_the_error_of_a_difference_is_numpys_where_there_is_one_kind():
     same = torch.tensor(x)[None].repeat(4, 1)  # seeds add nothing to the same pictures
     assert compare.two_way(same) == expected
     assert compare.two_way(torch.tensor([[2.0]])) == (2.0, 0.0)
+    # seeds' means 1, 0.5, pictures' too: 0.25 each; the rest is too large to take off
+    assert compare.two_way(torch.tensor([[2.0, 0.0], [0.0, 1.0]])) == (0.75, 0.25)
 
 
 def write_scores(folder, before, after):
@@ -323,28 +330,34 @@ def test_the_table_of_signals_holds_each_selection(random_folder, tmp_path, caps
     monkeypatch.chdir(tmp_path)
     argv = ["--model", str(random_folder), "--reward", "own.py:score", "--device", "cpu"]
     argv += ["--queries", "8", "--branches", "2", "--T", "5", "--tau0", "4", "--threshold", "0.1"]
-    seen = {}
-    real = gradient_signal.score_vectors
+    seen, real = {}, gradient_signal.score_vectors
 
     def watched(model, x, start, names, size):
-        seen.update(x=x, start=start, names=names)
-        return real(model, x, start, names, size)
+        seen.update(x=x, start=start, names=names, vectors=real(model, x, start, names, size))
+        return seen["vectors"]
 
     monkeypatch.setattr(gradient_signal, "score_vectors", watched)
+    sample = gradient_signal.sample
+    keep_scores = lambda *a: seen.update(scores=(out := sample(*a))[2]) or out
+    monkeypatch.setattr(gradient_signal, "sample", keep_scores)
     gradient_signal.main([*argv, "--template", "1"])
     assert seen["x"].shape[:3] == (4, 2, 5) and seen["start"] == 4 and len(seen["names"]) == 4
     lines = capsys.readouterr().out.splitlines()
     columns = ["steps t", "share of g^2", "all (DDPO)", "pairs, threshold 0.1"]
-    columns += ["all, less the root's mean"]
-    assert f"| {' | '.join(columns)} |" in lines
-    rows = [line.split(" | ")[:2] for line in lines if " to " in line]
-    assert rows == [
-        ["| 1 to 2", rows[0][1]],
-        ["| 3 to 6", rows[1][1]],
-        ["| 3 to 20", rows[1][1]],
-        ["| 1 to 7", "100.0%"],
-        ["| 1 to 20", "100.0%"],
-    ]
+    assert f"| {' | '.join(columns)} | all, less the root's mean |" in lines
+    rows = {line.split(" | ")[0]: line[:-2].split(" | ")[1:] for line in lines if " to " in line}
+    assert list(rows) == [f"| {r}" for r in ("1 to 2", "3 to 6", "3 to 20", "1 to 7", "1 to 20")]
+    r_hat = RewardNormaliser()(0, seen["names"], seen["scores"])
+    pairs = torch.where(r_hat.abs() >= 0.1, r_hat, 0.0)  # the best and the worst of two
+    pairs = torch.where((r_hat == r_hat.max(1, True)[0]) == (r_hat > 0), pairs, 0.0)
+    mean = r_hat - r_hat.mean(1, keepdim=True)
+    for name, steps in (("1 to 2", (2, 3)), ("3 to 6", (0, 1))):  # steps of tau 4, from x_4 on
+        expected = []
+        for w in (r_hat, pairs, mean):
+            g = sum((w[..., None] * seen["vectors"][:, :, s].float()).sum(1) for s in steps)
+            expected.append("{:+.3f} +- {:.3f}".format(*gradient_signal.ratio(g)))
+        assert rows[f"| {name}"][1:] == expected
+    assert rows["| 1 to 7"][0] == "100.0%" and rows["| 3 to 6"][0] == rows["| 3 to 20"][0]
     assert not any(tmp_path.glob("runs"))  # it prints, and leaves no folder
 
 
@@ -583,6 +596,7 @@ def test_a_run_of_other_settings_is_not_taken_for_the_row(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"lr": 0.1, "update_size": 32}))
     assert matrix.other_settings(tmp_path, {"lr": 0.1, "update_size": 32}) is None
     assert "lr is 0.1, the table says 0.2" in matrix.other_settings(tmp_path, {"lr": 0.2})
+    assert matrix.other_settings(tmp_path, {"epochs": 2}) == "epochs is None, the table says 2"
     assert matrix.other_settings(tmp_path / "none", {"lr": 0.2}) is None
 
 
@@ -601,7 +615,7 @@ def test_the_gain_in_inception_score_is_paired():
     shifted = [{"train": evaluation_of([1.0], [2.5, 2.6, 2.4, 2.5], 2.5)}]
     found = compare.two_way(matrix.figures(shifted, *column) - matrix.figures(b, *column))
     assert found == pytest.approx((0.5, 0.0), abs=1e-9)
-    assert matrix.figures(b, *column).mean().item() == pytest.approx(2.0)
+    assert matrix.figures(b, *column)[0].tolist() == pytest.approx([2.0, 1.7, 2.3, 2.0])
     own = [2.7, 3.3, 3.1, 3.0]
     a = [{"train": evaluation_of([1.0], own, 3.2)}]
     difference = np.subtract(own, other)  # one seed: the jackknife's error of the difference

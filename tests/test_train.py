@@ -129,7 +129,9 @@ def loop(tmp_path, monkeypatch):
             for name, value in changes.items():
                 patch.setattr(train, name, value)
             train.main(run_flags(model, prompts, "--out", out, *base, *flags))
-        seen.folder, seen.metrics = out, metrics(out) if worker[0] == 0 else []
+        if worker[0] == 0:
+            seen.folder, seen.metrics = out, metrics(out)
+            seen.header = run_folder.read_safetensors(out / run_folder.CHECKPOINT)[1]
         return seen
 
     return go
@@ -276,6 +278,18 @@ def test_ratio_before_the_first_update(loop, random_folder, precision, flags):
 # ---------------------------------------------------------------- Eq. 6 by a plain loop
 
 
+def plain_step_weights(seen, start, stop):
+    """The weight of each step from x_start on, with a mean of 1."""
+    inverse, a_bar = [], seen.model.schedule.alpha_bar.tolist()
+    for t in range(start, stop, -1):
+        a = a_bar[t] / a_bar[t - 1]
+        of_schedule = ((1 - a) / (a * (1 - a_bar[t - 1]))) ** -0.5
+        of_gradient = seen.header["step_square"].get(str(t), 1) ** -0.5
+        kinds = {"uniform": 1, "schedule": of_schedule, "rms": of_gradient}
+        inverse.append(kinds[seen.cfg.step_weight])
+    return [w * len(inverse) / sum(inverse) for w in inverse]
+
+
 def plain_update(seen, step):
     """An update's loss, one trajectory and one timestep at a time, with diffusers' own step.
 
@@ -283,14 +297,14 @@ def plain_update(seen, step):
     """
     cfg, sampled, total = seen.cfg, seen.rounds[step.i], 0.0
     start, stop = sampled.interval
-    weight, log_ratios, hs = 1 / (len(step.update) * (start - stop)), [], []
+    by_step, log_ratios, hs = plain_step_weights(seen, start, stop), [], []
     bounds = 1 - cfg.clip_range, 1 + cfg.clip_range
     weights = list(seen.lora.values())
     for p, value in zip(weights, step.weights.split([p.numel() for p in weights])):
         p.data.copy_(value.view(p.shape))
         p.grad = None
     for s in range(start - stop):
-        pairs = {}
+        weight, pairs = by_step[s] / (len(step.update) * (start - stop)), {}
         for g, p, k in step.update.tolist():
             x_t, a_t, prompt = sampled.x[p, k, s], sampled.x[p, k, s + 1], sampled.drawn[p]
             now = plain_distribution(seen, x_t, start - s, prompt)
@@ -331,6 +345,8 @@ def plain_update(seen, step):
         ("ddpo", ("--no-bs", "--no-bpt", "--queries", 5)),
         ("dpo", ("--no-bs", "--no-bpt", "--queries", 6)),
         ("dpok", ("--interval", "forward")),
+        ("ddpo", ("--step-weight", "schedule")),
+        ("dpo", ("--step-weight", "rms", "--no-bpt")),
         ("pg", ("--T", 4, "--tau0", 3, "--skip-last", 1, "--guidance", 2)),
     ],
 )
@@ -370,6 +386,50 @@ def test_gradient_does_not_depend_on_the_micro_batch(loop, algo):
         got = loop(*flags, "--micro-batch", size, moved=True)
         assert close(got.steps[0].grad, want.steps[0].grad)
         assert got.metrics[0]["loss"] == pytest.approx(want.metrics[0]["loss"], rel=1e-4)
+
+
+def test_step_energy_is_the_square_of_single_trajectories(loop):
+    """|grad log p_t|^2 of one trajectory; of two, random signs leave the sum of both on average."""
+    seen = loop("--step-weight", "rms", "--queries", 6)
+    (sampled,), weights = seen.rounds, list(seen.lora.values())
+
+    def energy(update, seed, size=8):
+        names, own = sampled.drawn, torch.tensor(sampled.own)
+        signs = torch.Generator().manual_seed(seed)
+        rest = (sampled.x, 2, names, own, torch.tensor(update), size, signs)
+        return train.step_energy(seen.model, seen.lora, *rest) / 2.0**20
+
+    def plain(p, k, s):
+        now = plain_distribution(seen, sampled.x[p, k, s], 2 - s, sampled.drawn[p])
+        log_p = now.log_prob(sampled.x[p, k, s + 1]).mean()
+        return flat(torch.autograd.grad(log_p, weights))
+
+    one, two = ([plain(p, k, s) for s in range(2)] for p, k in ((0, 1), (1, 2)))
+    want = torch.stack([g.square().sum() for g in one])
+    torch.testing.assert_close(energy([[0, 0, 1]], 0), want, rtol=1e-3, atol=0)
+    found = torch.stack([energy([[0, 0, 1], [1, 1, 2]], seed) for seed in range(6)])
+    for s in range(2):
+        choices = torch.stack([(one[s] + sign * two[s]).square().sum() / 2 for sign in (1, -1)])
+        near = (found[:, s, None] / choices - 1).abs() < 1e-3
+        assert near.any(1).all() and near.any(0).all(), "each sign is drawn now and then"
+    pair = [[0, 0, 1], [1, 1, 2]]
+    torch.testing.assert_close(energy(pair, 0, size=1), found[0], rtol=1e-3, atol=0)
+    measured = torch.tensor([seen.header["step_square"][t] for t in "21"])
+    assert measured.gt(0).all() and set(seen.header["step_square"]) == {"1", "2"}
+
+
+def test_rewards_are_normalised_by_the_settings(loop):
+    """App. D.1 over the rounds of a run, with --window and --min-count."""
+    flags = ["--rounds", 3, "--window", 1, "--min-count", 5, "--queries", 15]
+    seen, normalise = loop(*flags, r_hat=None), train.RewardNormaliser(1, 5)
+    for i, (sampled, line) in enumerate(zip(seen.rounds, seen.metrics)):
+        assert torch.equal(sampled.r_hat, normalise(i, sampled.drawn, sampled.scores))
+        assert line["alone_on_prompt"] == normalise.lone == 0
+        assert line["kept"] == len(train.select_pairs(sampled.r_hat, 0.1)) > 0
+    assert seen.header["history"] == normalise.history
+    seen = loop("--no-bs", "--queries", 3, r_hat=None)
+    (line,), drawn = seen.metrics, seen.rounds[0].drawn
+    assert line["alone_on_prompt"] == sum(drawn.count(name) == 1 for name in drawn) > 0
 
 
 def test_two_rows_of_the_unet_for_a_pair(loop):
@@ -707,6 +767,7 @@ def test_the_loss_scale_of_fp16_is_resumed(command, tmp_path, nan_gradients):
 def test_killed_and_resumed_equals_uninterrupted(command, tmp_path, monkeypatch):
     """Whenever it was stopped: the same bytes of every file but for the seconds."""
     flags = ["--T", 2, "--tau0", 1, "--threshold", 0.1, "--rounds", 3, "--grid-every", 2]
+    flags += ["--step-weight", "rms"]
     straight, want = command(tmp_path / "straight", *flags)
     assert all(line["updates"] > 0 for line in want)
     moments = [

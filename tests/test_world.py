@@ -200,6 +200,34 @@ def test_pictures_follow_the_layout(side, half):
     assert gap[half].mean() > 5 and other.max() == 0
 
 
+def test_things_move_a_little_and_surfaces_do_not():
+    middles, edges = set(), []
+    for seed in range(30):
+        ground = np.clip(world.background("noto", rng(seed)), 0, 255).astype(np.uint8)
+        shown = (draw("a cat", "noto", seed) != ground).any(2).any(0).nonzero()[0]
+        middles.add((shown[0] + shown[-1]) // 2)
+        road = draw("road under car", "noto", seed)
+        edges += [(road[55, x] != ground[55, x]).any() for x in (0, 63)]
+    assert len(middles) >= 3 and max(middles) - min(middles) <= 4 and all(edges)
+
+
+@pytest.mark.parametrize(
+    "prompt, style, seed, colours",
+    [
+        ("a cat riding a bike", "noto", 1, "b9a672b4a67ccdc59fccc59f"),
+        ("street under car", "noto", 2, "a396a7a394a48f97a08f97a0"),
+        ("red apple", "twemoji", 0, "c6b2c6c1b7c6c9a7bbc7b1c6"),
+        ("a bat playing chess", "fluent", 0, "a6c1d8a5cde9879c626a8a60"),
+        ("trees behind grass", "fluent", 3, "8fc0c1a1ced265b38763b384"),
+        ("sofa under person", "twemoji", 5, "c6a498c7a496c2b0a2ceb3a0"),
+    ],
+)
+def test_pictures_are_those_that_the_weights_have_learnt(prompt, style, seed, colours):
+    """The mean colour of each quarter: gradients, a scene and plain grounds are among them."""
+    quarters = draw(prompt, style, seed).reshape(2, 32, 2, 32, 3).mean((1, 3))
+    assert np.abs(quarters.flatten() - [*bytes.fromhex(colours)]).max() < 2
+
+
 @pytest.mark.parametrize("style, odds", [("twemoji", (0.8, 0.1, 0.1)), ("noto", (0.1, 0.45, 0.45))])
 def test_grounds_are_as_often_as_told(style, odds):
     kinds = np.zeros(3)
