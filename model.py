@@ -45,7 +45,7 @@ def add_model_flags(add):
     add(
         "--offload",
         action="store_true",
-        help="keep the reward model, VAE and text encoder off the device while the UNet works",
+        help="keep the reward model, VAE and text encoder off the device while the UNet trains",
     )
 
 

@@ -108,7 +108,7 @@ def parse_args(argv):
     add_model_flags(add)
     memory = "batch sizes and --offload for Stable Diffusion in this much GPU memory"
     add("--preset", choices=tuple(PRESETS), help=f"{memory}; flags that you give win")
-    slower = "compute the UNet's activations twice: far less memory, a third more time"
+    slower = "compute the UNet's activations twice: far less memory, more time"
     add("--checkpointing", action="store_true", help=slower)
     add("--compile", action="store_true", help="torch.compile the UNet: slow start")
     add("--channels-last", action="store_true", help="the other memory format")
@@ -159,7 +159,7 @@ def check(args):
         die(f"unknown --algo {args.algo}: one of {', '.join(ALGOS)}")
     for name, kind, *_ in SETTINGS:
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if not math.isfinite(value) or abs(value) >= 2**63:
+        if abs(value) >= 2**53 or not math.isfinite(value):
             die(f"{flag} {value} is no usable number")
         zero_is_fine = ("skip_last", "threshold", "window", "min_count", "save_every")
         zero_is_fine += ("beta1", "beta2", "kl_beta", "dpo_beta", "guidance", "weight_decay")
@@ -173,8 +173,8 @@ def check(args):
     for name in ("threads", "image_size", "tau_rounds"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             die(f"--{name.replace('_', '-')} must be 1 or more")
-    if abs(args.seed) >= 2**63:
-        die(f"--seed {args.seed} is beyond 64 bits")
+    if abs(args.seed) >= 2**53:
+        die(f"--seed {args.seed} is no usable number")
     if args.T > 999:
         die("--T must be at most 999: the model knows 1000 timesteps, the first is 1")
     if args.tau0 > args.T:
@@ -360,8 +360,7 @@ def algorithm_1(cfg):
                     old, c = log_p_old[p, k, s].to(device), [own_prompts[q] for q in p]
                     A = r_hat[own[p], k].clamp(-cfg.adv_clip, cfg.adv_clip).to(device)
                     mu, sigma = model.policy(x_t, t, c)
-                    log_p = log_prob(a_t, mu, sigma)  # Eq. 1
-                    h = None
+                    log_p, h = log_prob(a_t, mu, sigma), None  # Eq. 1; h is DPO's
                     if cfg.algo in ("dpok", "dpo"):
                         with torch.no_grad(), lora_off(model.unet):
                             mu_ref, _ = model.policy(x_t, t, c)  # p_pre
@@ -375,8 +374,7 @@ def algorithm_1(cfg):
                     elif cfg.algo == "dpo":  # Eq. 8
                         log_ref = log_prob(a_t, mu_ref, sigma)
                         loss, h = dpo_loss(log_p, log_ref, cfg.dpo_beta * D)
-                    # the mean over the update's trajectories, of all processes, and steps
-                    loss = weight[s] * loss.sum() / (len(update) * n)
+                    loss = weight[s] * loss.sum() / (len(update) * n)  # mean over m and t
                     scaler.scale(loss).backward()
                     log.add(log_p, old, loss, h)
                 sum_gradients(lora.values(), device)

@@ -111,7 +111,7 @@ def watch(flags, pause):
     score, split = mock.Mock(wraps=train.score), mock.Mock(wraps=train.split_updates)
     append = run_folder.append_metrics
 
-    @torch.compiler.disable  # or --compile would compile anew at each call
+    @torch.compiler.disable  # it stays plain Python under --compile
     def note(_, inputs):
         later = "training" if torch.is_grad_enabled() else "elsewhere"
         sizes[later if score.called else "sampling"].append(len(inputs[0]))

@@ -160,11 +160,12 @@ def test_first_ratio_is_of_weights_that_are_not_zero(flags, monkeypatch):
 
 def test_parts_run(flags, monkeypatch, capsys):
     monkeypatch.setattr(bench, "BATCHES", (4,))
+    monkeypatch.setattr(bench, "OPTIONS", ("--channels-last",))
     found = {}
     for name, part in bench.PARTS.items():
         keep = lambda *a, name=name, part=part: found.setdefault(name, part(*a))
         monkeypatch.setitem(bench.PARTS, name, keep)
-    parts = ["overhead", "larger", "phases", "memory"]
+    parts = ["overhead", "larger", "phases", "variants", "memory"]
     bench.main(["--part", *parts, "--repeats=1", *flags, "--queries=6"])
     printed = capsys.readouterr().out
     assert all(f"**{name}**" in printed for name in parts) and list(found) == parts
@@ -176,6 +177,9 @@ def test_parts_run(flags, monkeypatch, capsys):
         assert row["samples"] > row["calls"] > 0 and row["fastest size"] in (4, 8, 12)
     *phases, whole = (row["s"] for row in found["phases"])
     assert sum(phases) == pytest.approx(whole) and all(part > 0 for part in phases)
+    (option,) = found["variants"]
+    assert option.pop("option") == "--channels-last"
+    assert len(option) == 2 and all(0 < ratio[0] < math.inf for ratio in option.values())
     figures = [row["figure"] for row in found["memory"]]
     assert len(figures) == 10 and all(figure > 0 for figure in figures)
 

@@ -681,7 +681,7 @@ def test_rows_are_run_skipped_resumed_and_copied(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(matrix, "RESULTS", tmp_path / "results")
     row = matrix.rows()["first/ddpo-seed1"]
     monkeypatch.setattr(matrix, "rows", lambda: {"first/ddpo-seed1": row})
-    called, stop = [], []
+    called, codes = [], [9, 0, 0, 8]
 
     def run(words, cwd):
         """Stands for train.py and eval.py: writes what a step writes, or stops before."""
@@ -693,26 +693,28 @@ def test_rows_are_run_skipped_resumed_and_copied(tmp_path, monkeypatch, capsys):
             (folder / "config.json").write_text(json.dumps(row[0][1]))
         for name in ("grids/a.png", "checkpoint.safetensors", "metrics.jsonl", "README.md"):
             (folder / name).write_text("{}")
-        if stop:
-            return SimpleNamespace(returncode=stop.pop())
+        if codes and (code := codes.pop(0)):
+            return SimpleNamespace(returncode=code)
         last = "summary.json" if words[1] == "train.py" else "scores.json"
         (folder / last).write_text("{}")
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(matrix.subprocess, "run", run)
-    stop.append(9)
     assert "ended with code 9; the same command goes on" in fails(capsys, matrix)
+    assert "ended with code 8" in fails(capsys, matrix)
+    assert not (tmp_path / "results").exists()
     matrix.main([])
     resumed = ["train.py", "--resume", "runs/first/ddpo-seed1"]
-    assert [words[0] for words in called] == ["train.py", "train.py", "eval.py", "eval.py"]
+    assert [words[0] for words in called] == ["train.py"] * 2 + ["eval.py"] * 3
     assert called[1] == resumed and called[0][-1] == "runs/first/ddpo-seed1"
+    assert called[3] == called[4] != called[2]  # the last step alone is done again
     kept = sorted(p.name for p in (tmp_path / "results/first/ddpo-seed1").rglob("*.*"))
     assert kept == ["config.json", *["metrics.jsonl"] * 3, *["scores.json"] * 2, "summary.json"]
     matrix.main(["--only", "ddpo-*"])
-    assert len(called) == 4 and "first/ddpo-seed1: done" in capsys.readouterr().out
+    assert len(called) == 5 and "first/ddpo-seed1: done" in capsys.readouterr().out
     matrix.main(["--list"])
     assert "first/ddpo-seed1: done\n    python train.py --model tiny" in capsys.readouterr().out
     matrix.main(["--only", "ddpo-seed1", "--again"])
-    assert len(called) == 7 and "--resume" not in called[4]
+    assert len(called) == 8 and "--resume" not in called[5]
     row[0][1]["lr"] = 0.5
     assert "lr is 0.001, the table says 0.5. --again starts anew" in fails(capsys, matrix)

@@ -257,7 +257,7 @@ def test_ratio_is_bit_equal_to_one_at_equal_batch_shapes(loop):
         ("fp32", ("--no-bpt",)),
         ("fp32", ("--interval", "forward")),
         ("fp32", ("--skip-last", 1)),
-        ("bf16", ("--no-bs", "--sample-batch", 1, "--micro-batch", 1)),
+        ("bf16", ("--no-bs", "--sample-batch", 1, "--micro-batch", 1, "--queries", 2)),
     ],
 )
 def test_ratio_before_the_first_update(loop, random_folder, precision, flags):
@@ -266,7 +266,7 @@ def test_ratio_before_the_first_update(loop, random_folder, precision, flags):
     In bfloat16 another shape rounds otherwise (so it does in any code); at equal shapes the ratio
     is exactly 1, as latents are float32.
     """
-    sizes = ["--T", 6, "--tau0", 4, "--micro-batch", 5]
+    sizes = ["--T", 5, "--tau0", 4, "--micro-batch", 5]
     seen = loop("--precision", precision, *sizes, *flags, model=random_folder)
     (line,), (sampled,) = seen.metrics, seen.rounds
     assert sampled.x.dtype == sampled.log_p_old.dtype == torch.float32
@@ -551,6 +551,7 @@ def test_fp16_gradients_do_not_vanish(loop, random_folder, algo):
     A small advantage (a small beta) stands for D and for the rest of an update.
     """
     flags = ["--algo", algo, "--kl-beta", 1e-5, "--dpo-beta", 2e-4, "--threshold", 0]
+    flags += ["--queries", 6]
     small = lambda i, scores: 1e-4 * random_r_hat(i, scores)
     fp32, fp16 = (
         loop("--precision", precision, *flags, r_hat=small, model=random_folder).steps[0].grad
@@ -767,7 +768,7 @@ def test_the_loss_scale_of_fp16_is_resumed(command, tmp_path, nan_gradients):
 def test_killed_and_resumed_equals_uninterrupted(command, tmp_path, monkeypatch):
     """Whenever it was stopped: the same bytes of every file but for the seconds."""
     flags = ["--T", 2, "--tau0", 1, "--threshold", 0.1, "--rounds", 3, "--grid-every", 2]
-    flags += ["--step-weight", "rms"]
+    flags += ["--step-weight", "rms", "--queries", 6, "--eval-images", 1]
     straight, want = command(tmp_path / "straight", *flags)
     assert all(line["updates"] > 0 for line in want)
     moments = [
