@@ -24,6 +24,7 @@ from studies.common import markdown, pyplot, save_figure
 SAME_LINE = {*WITH_RESUME, "seed", "out", "preset", "device", "precision", "grid_every"}
 SAME_LINE |= {"eval_images", "eval_prompts", "validation_prompt", "tensorboard"}
 SAME_LINE -= {"rounds"}
+KINDS = dict(algo=str, no_bpt=bool, no_bs=bool, interval=str, seed=int)
 DRAWN = {"reward_mean": "mean reward of the round"}
 DRAWN["spread_within_prompt"] = "spread within a prompt / first round"
 
@@ -36,7 +37,7 @@ def group_runs(folders):
     runs, groups, given = [], {}, {}
     for folder in folders:
         config, lines = read_config(folder), read_metrics(folder)
-        if not {"algo", "no_bpt", "no_bs", "interval", "seed"} <= config.keys():
+        if any(type(config.get(name)) is not kind for name, kind in KINDS.items()):
             die(f"{folder} holds no run of train.py: its config.json names no method")
         if not lines:
             die(f"the run {folder} has not finished a round")

@@ -66,8 +66,6 @@ MATRIX = (
 )
 STUDIES = {"table5": dict(roots=128, branches=4), "last_step": dict(roots=128), "tree": {}}
 
-# ---------------------------------------------------------------- rows
-
 
 def prefix(algo, template, method):
     """ddpo, ddpo-bpt, ..., pg, t2-ddpo: all but the seed of a row's name."""
@@ -132,8 +130,8 @@ def command(script, flags, folder):
 
 def is_done(root, script, _, folder):
     """Does the last file that a step writes lie in its folder under `root`?"""
-    last = {"train.py": "summary.json", "eval.py": "scores.json"}
-    return (root / folder / last.get(script, f"{Path(folder).name}.json")).exists()
+    last = {"train.py": "summary", "eval.py": "scores"}.get(script, Path(folder).name)
+    return (root / folder / f"{last}.json").exists()
 
 
 def other_settings(folder, settings):
@@ -154,8 +152,7 @@ def run_row(name, steps, again=False):
         if problem := other_settings(folder, settings):
             die(f"{folder}: {problem}. --again starts anew")
     if all(is_done(RESULTS, *step) for step in steps):
-        print(f"{name}: done")
-        return
+        return print(f"{name}: done")
     for step in [step for step in steps if not is_done(ROOT / "runs", *step)]:
         words = command(*step)
         if step[0] == "train.py" and (work / "config.json").exists():
@@ -170,10 +167,10 @@ def run_row(name, steps, again=False):
 
 # ---------------------------------------------------------------- report
 
-COLUMNS = [*product(("CLIPScore", "recognised"), IMAGES), ("inception score", "train")]
-COLUMNS += [("style entropy", "train")]
-NOTE = """+- is the standard deviation over seeds. That of a gain, on the same noise, is
-the standard error over seeds and pictures (of the inception score by the jackknife)."""
+COLUMNS = [*product(("CLIPScore", "recognised"), IMAGES)]
+COLUMNS += [("inception score", "train"), ("style entropy", "train")]
+NOTE = """+- is the standard deviation over seeds; of a gain, on the same noise, the
+standard error over seeds and pictures (of the inception score by the jackknife)."""
 
 
 def evaluated(name):
@@ -224,8 +221,7 @@ def comparison(algo, template, methods, paper):
         if both := [seed for seed in runs if seed in vanilla]:
             after, before = ([of[seed] for seed in both] for of in (runs, vanilla))
             table.append(table_row(f"{name} over vanilla", after, before))
-        for seed, run in runs.items():
-            table.append(table_row(f"{name}-seed{seed} over base", [run], [base]))
+        table += [table_row(f"{name}-seed{s} over base", [run], [base]) for s, run in runs.items()]
         vanilla = runs if method == "vanilla" else vanilla
     clip, inception = (f"{v:+.4f}" if v else "" for v in paper)
     table.append(["paper: BPT+BS over vanilla", "", "", clip, "", "", inception, ""])
@@ -236,14 +232,13 @@ def run_table(group):
     """A line a training run: cost and gains, from metrics.jsonl and summary.json."""
     table, lists = [], ("train_score", "unseen_score", "train_recognised")
     for name, steps in rows().items():
-        folder = RESULTS / name
-        summary, lines = read_json(folder / "summary.json"), read_metrics(folder)
+        summary, lines = read_json(RESULTS / name / "summary.json"), read_metrics(RESULTS / name)
         if name.startswith(group) and summary and lines:
             minutes = sum(sum(line["seconds"].values()) for line in lines) / 60
             cost = [steps[0][1]["lr"], sum(line["updates"] for line in lines), f"{minutes:.1f}"]
             kl = max(line.get("kl_to_base", 0.0) for line in lines)
             gains = ["{gain:+.4f} +- {error:.4f}".format(**summary[k]) for k in lists]
-            table.append([folder.name, *cost, f"{kl:.3f}", *gains])
+            table.append([Path(name).name, *cost, f"{kl:.3f}", *gains])
     return markdown(["run", "lr", "updates", "minutes", "largest KL", *lists], table)
 
 
@@ -251,8 +246,8 @@ def report():
     """Write results/tables.md, and curves.png from the runs that are there."""
     out = ["Written by `python studies/matrix.py --report`; do not edit.", NOTE, ""]
     for algo, template, methods, paper in MATRIX:
-        names = [prefix(algo, template, method) for method in methods]
-        names = [f"first/{name}-seed{seed}" for name, seed in product(names, SEEDS)]
+        pairs = product(methods, SEEDS)
+        names = [f"first/{prefix(algo, template, m)}-seed{seed}" for m, seed in pairs]
         folders = [str(RESULTS / name) for name in names if read_metrics(RESULTS / name)]
         target = f"first/{prefix(algo, template, 'curves')}"
         if folders:
@@ -263,8 +258,8 @@ def report():
             out += [f"![reward over queries]({target}/curves.png)", ""]
     shares = read_json(RESULTS / "first/table5/table5.json")
     out += ["## Table 5", "", *(table5.table(shares) if shares else []), ""]
-    out += ["## Training runs", "", *run_table("first"), ""]
-    out += ["## The learning-rate grid", "", *run_table("tune"), ""]
+    for title, group in (("Training runs", "first"), ("The learning-rate grid", "tune")):
+        out += [f"## {title}", "", *run_table(group), ""]
     write_text(RESULTS / "tables.md", "\n".join(out))
     print("\nWritten: results/tables.md")
 
@@ -272,8 +267,8 @@ def report():
 def run(args):
     if args.report:
         return report()
-    group, patterns = "tune" if args.tune else "first", args.only or ["*"]
-    patterns = [f"{group}/{pattern}" for pattern in patterns]
+    group = "tune" if args.tune else "first"
+    patterns = [f"{group}/{pattern}" for pattern in args.only or ["*"]]
     chosen = {n: steps for n, steps in rows().items() if any(fnmatch(n, p) for p in patterns)}
     if not chosen:
         die(f"no row is called {' or '.join(patterns)}: see --list")

@@ -454,7 +454,9 @@ def test_bad_flags_end_with_one_line(study, argv, words, capsys, tmp_path, monke
 def test_run_folders_that_do_not_serve_end_with_one_line(capsys, tmp_path):
     good = write_run(tmp_path / "good", [1.0, 2.0], seed=1)
     new = write_run(tmp_path / "new", [])
-    for name, config in (("other", {"model": "tiny", "rounds": 2}), ("list", [1])):
+    other = {"model": "tiny", "rounds": 2}
+    kind = {**CONFIG, "algo": ["ddpo"]}
+    for name, config in (("other", other), ("list", [1]), ("kind", kind)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         (tmp_path / name / "metrics.jsonl").write_text('{"round": 1, "queries": 2}\n')
@@ -467,6 +469,7 @@ def test_run_folders_that_do_not_serve_end_with_one_line(capsys, tmp_path):
     cases = (
         (new, "has not finished a round"),
         ("other", "names no method"),
+        ("kind", "names no method"),
         ("list", "holds no run"),
         ("torn", "config.json is damaged"),
         (good, f"{good} and {good} are one run: ddpo, seed 1"),
