@@ -180,7 +180,7 @@ class Model:
 
         x, x_0: (P, K, C, h, w); keys: P lists of K, as for `branch`.
         """
-        if stop == 0 or len(x) == 0:
+        if stop == 0:
             return x
         owners = [prompt for prompt in prompts for _ in range(x.shape[1])]
         rest = [(*key, "rest") for branches in keys for key in branches]

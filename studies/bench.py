@@ -326,7 +326,7 @@ def random_sd14(folder):
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     networks = {"vae": AutoencoderKL(**vae), "unet": unet}
     networks["text_encoder"] = CLIPTextModel(CLIPTextConfig(**text))
-    networks = {name: network.to(torch.bfloat16) for name, network in networks.items()}
+    networks = {name: network.bfloat16() for name, network in networks.items()}
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "tiny/tokenizer", model_max_length=77)
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "tiny", **networks, tokenizer=tokenizer)
     pipe.save_pretrained(folder)

@@ -201,6 +201,7 @@ def test_processes_share_the_pictures(small, world):
     """Their scores add up to those of one process; each keeps the first of its own pictures."""
     reward = checked(Brightness(), "clip")
     want, images = evaluate(small, reward, PROMPTS, 2, judge)
+    small.sample_batch = 2
     shares = [evaluate(small, reward, PROMPTS, 2, judge, n, world, keep=2) for n in range(world)]
     for what in ("score", "recognised"):
         parts = list(zip(*(found[what] for found, _ in shares)))

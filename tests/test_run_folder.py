@@ -294,6 +294,8 @@ def test_a_fingerprint_is_of_settings_prompts_and_reward(tmp_path):
     others = dict(threads=2, rounds=7, micro_batch=3, offload=True, device="cuda", out="x")
     assert fingerprint(config | others | {"resume": "x"}, "source") == mark
     assert fingerprint(config | {"model": "some/where/none"}, "source") == mark
+    later = {"a_flag_of_a_later_version": False, "another": None}
+    assert fingerprint(config | later, "source") == mark
     for name, value in dict(lr=3e-4, skip_last=0, no_bs=True, seed=1, model="other").items():
         changed = fingerprint(config | {name: value}, "source")
         assert changed["settings"] != mark["settings"] and changed["prompts"] == mark["prompts"]

@@ -396,8 +396,8 @@ def test_step_energy_is_the_square_of_single_trajectories(loop):
     def energy(update, seed, size=8):
         names, own = sampled.drawn, torch.tensor(sampled.own)
         signs = torch.Generator().manual_seed(seed)
-        rest = (sampled.x, 2, names, own, torch.tensor(update), size, signs)
-        return train.step_energy(seen.model, seen.lora, *rest) / 2.0**20
+        probe = (seen.model, sampled.x, 2, names, own, torch.tensor(update), size)
+        return train.step_energy(*probe, seen.lora, signs) / 2.0**20
 
     def plain(p, k, s):
         now = plain_distribution(seen, sampled.x[p, k, s], 2 - s, sampled.drawn[p])
