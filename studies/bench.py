@@ -14,7 +14,7 @@
 `watch` observes the rounds of `train.main` itself. Machines are noisy: what is compared
 takes turns (A B C A B C ...) and the first turn, to warm up, is left out. A ratio is the
 geometric mean over the turns with a 95 % t interval of its logarithm. Models but the
-bundled one get the reward jpeg, which costs little. `studies/peer.py` compares with TRL.
+bundled one get the reward jpeg, which costs little.
 """
 
 import argparse
