@@ -272,17 +272,21 @@ def run_main(*argv):
 
 @pytest.fixture
 def run(model, random_folder, tmp_path):
-    """A finished run of the random pipeline with T 4, guidance 2, and its LoRA in `model`."""
+    """A finished run of the random pipeline with T 4, guidance 2, and its LoRA in `model`.
+
+    Its checkpoint is damaged: a finished run needs none.
+    """
     inject_lora(model.unet, 2)
     randomise_lora(model.unet, 0.5)
     folder = write_run(tmp_path / "run", model=str(random_folder), T=4, guidance=2.0)
     write_safetensors(tmp_path / "run/pytorch_lora_weights.safetensors", lora_state(model.unet))
+    (tmp_path / "run/checkpoint.safetensors").write_bytes(b"cut")
     return folder
 
 
 def test_main_scores_base_and_lora_on_the_same_noise(no_clip, run, model, tmp_path, capsys):
     out = tmp_path / "out"
-    argv = ["--lora", run, "--prompt", "cat", "--prompt", "dog", "--images", 3, "--device", "cpu"]
+    argv = ["--lora", run, "--prompt", "cat", "--prompt", "goose", "--images", 3, "--device", "cpu"]
     run_main(*argv, "--metrics", "clip,is,jpeg", "--out", out)
     data = json.loads((out / "scores.json").read_text())
     base, lora = data["results"]["base"], data["results"][run]
@@ -292,7 +296,7 @@ def test_main_scores_base_and_lora_on_the_same_noise(no_clip, run, model, tmp_pa
     assert base["CLIPScore"][1] == pytest.approx(np.std(base["scores"]["clip"], ddof=1) / 6**0.5)
     assert base["scores"]["jpeg"] == base["scores"]["clip"]  # brightness twice, the same pairs
     model.schedule, model.guidance = make_schedule(model.pipe.scheduler, 4), 2.0  # the run's
-    expected, images = evaluate(model, Brightness(), ["cat", "dog"], 3)
+    expected, images = evaluate(model, Brightness(), ["cat", "goose"], 3)
     np.testing.assert_allclose(lora["scores"]["clip"], expected["score"], atol=1e-5)
     assert lora["scores"]["clip"] != base["scores"]["clip"]
     features = Brightness().embed_images(images)
@@ -304,9 +308,10 @@ def test_main_scores_base_and_lora_on_the_same_noise(no_clip, run, model, tmp_pa
     assert f"| {run} | {lora['CLIPScore'][0]:.4f} +- {lora['CLIPScore'][1]:.4f} | " in table
     grid = Image.open(out / "grid.png")
     assert grid.size == (3 * 132 + 4, 4 * 132 + 4)  # 2 prompts x 2 models
-    pixel = images[2 * 1 + 1, :, 16, 16]  # number 1 of "dog", by the LoRA: the last row
-    at = grid.getpixel((132 + 4 + 66, 3 * 132 + 4 + 66))
-    assert at == pytest.approx((255 * pixel).tolist(), abs=2)
+    for p, row in ((0, 1), (1, 3)):  # by the LoRA, below the base: number 1 of each prompt
+        pixel = images[2 * 1 + p, :, 16, 16]
+        shown = grid.getpixel((132 + 4 + 66, row * 132 + 4 + 66))
+        assert shown == pytest.approx((255 * pixel).tolist(), abs=2)
     out = tmp_path / "other"
     argv = ["--lora", run, "--no-base", "--prompt", "cat", "--images", 1, "--device", "cpu"]
     run_main(*argv, "--out", out)
@@ -328,7 +333,10 @@ def test_a_seed_draws_other_pictures_of_a_prompt(no_clip, random_folder, tmp_pat
 
 
 def test_the_unseen_list_from_the_command_line(no_clip, random_folder, tmp_path, monkeypatch):
-    """Its folder is a new one each time, named and numbered where none is given."""
+    """Its folder is a new one each time, named and numbered where none is given.
+
+    The grid has one picture of each prompt, the first.
+    """
     prompts = tmp_path / "p.txt"
     prompts.write_text("[train]\ncat\ndog\n[unseen]\nbird\n")
     monkeypatch.chdir(tmp_path)
@@ -339,7 +347,10 @@ def test_the_unseen_list_from_the_command_line(no_clip, random_folder, tmp_path,
     one, two = (json.loads((tmp_path / f"runs/eval-{n}/scores.json").read_text()) for n in (1, 2))
     assert one["results"]["base"]["n"] == 1 and two["results"]["base"]["n"] == 4
     assert one["settings"]["T"] == 2 and one["settings"]["sample_batch"] == 16
-    assert Image.open(tmp_path / "runs/eval-2/grid.png").size == (2 * 132 + 4, 132 + 4)
+    run_main(*argv, "--images", 1)
+    grids = [Image.open(tmp_path / f"runs/eval-{n}/grid.png") for n in (2, 3)]
+    assert grids[0].size == (2 * 132 + 4, 132 + 4)
+    assert np.abs(np.subtract(*(np.asarray(grid, float) for grid in grids))).max() <= 2
 
 
 @needs_judge
