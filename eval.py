@@ -10,9 +10,9 @@
     recognised         share that the tiny model's judge calls right          [ours], tiny only
     style entropy      of the icon styles that CLIP sees, nats                [ours], tiny only
 
-A picture's noise is keyed by its prompt and number alone: the same for every model, method and
-training seed, so models are compared in pairs. +- is a standard error over pictures.
-The paper's studies (Table 5, Fig. 5, 6, 8, 11, 12) are scripts in `studies/`.
+A picture's noise is keyed by its prompt and number alone: the same for every model,
+method and training seed, so models are compared in pairs. +- is a standard error over
+pictures. The paper's studies (Table 5, Fig. 5, 6, 8, 11, 12) are scripts in `studies/`.
 """
 
 import math
@@ -44,8 +44,8 @@ LABELS = {"clip": "CLIPScore", "bert": "BERTScore", "recognised": "judge"}
 def kl_to_base(model, x, start, prompts, own, some, size):
     """KL(p_theta || p_pre) of a step in nats, summed over D: mean over steps and trajectories.
 
-    x, start, prompts, own: as in `train.algorithm_1`; some (m, 3) of those kept, in UNet calls
-    of at most `size` rows.
+    x, start, prompts, own: as in `train.algorithm_1`; some (m, 3) of those kept, in
+    UNet calls of at most `size` rows.
     """
     total = torch.zeros(2, dtype=torch.float64)
     for p, k, s in micro_batches(some, own, x.shape[2] - 1, size):
@@ -75,8 +75,9 @@ def evaluate(
 ):
     """Score `each` pictures of every prompt, drawn from noise keyed by (prompt, number, *seed).
 
-    Processes share the work. Returns {"score": list of n, "recognised": list of n or None}, number
-    by number of every prompt, and this process's first `keep` pictures (m, 3, H, W).
+    Processes share the work. Returns {"score": list of n, "recognised": list of n or
+    None}, number by number of every prompt, and this process's first `keep` pictures
+    (m, 3, H, W).
     """
     owners = [(prompt, k) for k in range(each) for prompt in prompts]
     scores, recognised, images = torch.zeros(len(owners)), torch.zeros(len(owners)), []
@@ -146,8 +147,9 @@ def compare(before, after, score_name):
 def inception_score(features):
     """Eq. 9: exp(E_x KL(p(y|x) || p(y))), p(y|x) the softmax of CLIP's raw picture embedding.
 
-    features: (n, d), not normalised; one split [official]. Returns a number from 1 (all alike) to
-    min(n, d); it depends on the scale of the features, so compare within one CLIP only.
+    features: (n, d), not normalised; one split [official]. Returns a number from 1 (all
+    alike) to min(n, d); it depends on the scale of the features, so compare within one
+    CLIP only.
     """
     log_p = features.double().log_softmax(1)  # log p(y|x)
     log_q = log_p.logsumexp(0) - math.log(len(log_p))  # log p(y), the mean over pictures
@@ -157,8 +159,8 @@ def inception_score(features):
 def inception_left_out(features):
     """`inception_score` without each of the n >= 3 pictures in turn: (n,).
 
-    With H the entropy, Eq. 9 is exp(H(mean p) - mean H(p)): both means without picture i are one
-    subtraction away.
+    With H the entropy, Eq. 9 is exp(H(mean p) - mean H(p)): both means without picture
+    i are one subtraction away.
     """
     n = len(features)
     p = features.double().softmax(1)
@@ -170,8 +172,9 @@ def inception_left_out(features):
 def jackknife_error(left_out):
     """Standard error of a statistic from its values without each of n pictures (n,).
 
-    The difference of two models' values, picture by picture, gives that of their difference on
-    the same prompts and noise. Prompts count as random as pictures, so it errs upwards.
+    The difference of two models' values, picture by picture, gives that of their
+    difference on the same prompts and noise. Prompts count as random as pictures, so it
+    errs upwards.
     """
     v = torch.tensor(left_out, dtype=torch.float64)
     return ((len(v) - 1) / len(v) * (v - v.mean()).square().sum()).sqrt().item()
@@ -180,8 +183,9 @@ def jackknife_error(left_out):
 def style_entropy(clip, images, prompts):
     """Entropy in nats of the tiny world's styles that CLIP sees in pictures (n, 3, H, W).
 
-    A picture's style is the one whose caption "<prompt>, <style> style" CLIP scores highest.
-    Returns the entropy (log 3 = 1.099 at most, 0 if all are of one style) and the shares.
+    A picture's style is the one whose caption "<prompt>, <style> style" CLIP scores
+    highest. Returns the entropy (log 3 = 1.099 at most, 0 if all are of one style) and
+    the shares.
     """
     from tiny.world import STYLES, style_prompts
 
@@ -196,7 +200,8 @@ def style_entropy(clip, images, prompts):
 def score_model(model, rewards, clip, judge, prompts, args):
     """Every metric of one model: a row {label: value or (value, error)}, and its pictures.
 
-    rewards: {name: reward}; clip: the CLIP of inception score and style entropy, or None.
+    rewards: {name: reward}; clip: the CLIP of inception score and style entropy, or
+    None.
     """
     owners, (first, *others) = prompts * args.images, rewards
     keep = len(owners)

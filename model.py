@@ -1,7 +1,8 @@
 """Stable Diffusion in, pictures out: load, prepare, embed, denoise in batches, decode.
 
-`Model` is what the method needs of a pipeline. The mathematics of a step is in `ddim_logprob.py`.
-Latents and log-probabilities are float32 in every precision; only the frozen networks may be half.
+`Model` is what the method needs of a pipeline. The mathematics of a step is in
+`ddim_logprob.py`. Latents and log-probabilities are float32 in every precision; only
+the frozen networks may be half.
 """
 
 import logging
@@ -120,7 +121,8 @@ class Model:
     def policy(self, x_t, t, prompts):
         """Eq. 1: mu_theta (B, C, h, w) and sigma_t (B, 1, 1, 1) of pi(a_t | s_t).
 
-        x_t: (B, C, h, w) float32 on the device; t: an int, paper time; B prompts. Gradients flow.
+        x_t: (B, C, h, w) float32 on the device; t: an int, paper time; B prompts.
+        Gradients flow.
         """
         times = torch.full((len(x_t),), t)
         cond, uncond = self.embed(prompts), self.embed([""])
@@ -157,8 +159,8 @@ class Model:
     def denoise(self, x, start, stop, prompts, keys):
         """Steps t = start..stop+1 of P states with a key of noise each: x_stop (P, C, h, w).
 
-        x: (P, C, h, w), or None to draw x_T from the keys as well. Noise does not depend on the
-        batches.
+        x: (P, C, h, w), or None to draw x_T from the keys as well. Noise does not
+        depend on the batches.
         """
         out = [x[:, 0] for (x,) in self._batches(x, start, stop, prompts, [[k] for k in keys], 0)]
         return torch.cat(out) if out else torch.zeros(0, *self.latent_shape)
@@ -166,9 +168,10 @@ class Model:
     def branch(self, x, start, stop, prompts, keys):
         """BS, Sec. 3.3: K branches of each x_start, with all that training needs of them.
 
-        x: (P, C, h, w); keys: P lists of K. Branches share x_start, so their first step is one UNet
-        call a root. Returns the states x_start..x_stop (P, K, start - stop + 1, C, h, w) and
-        log p_old of the steps between them (P, K, start - stop), on the CPU.
+        x: (P, C, h, w); keys: P lists of K. Branches share x_start, so their first step
+        is one UNet call a root. Returns the states x_start..x_stop (P, K, start - stop
+        + 1, C, h, w) and log p_old of the steps between them (P, K, start - stop), on
+        the CPU.
         """
         out = [v[1:] for v in self._batches(x, start, stop, prompts, keys, True)]
         if not out:
@@ -214,7 +217,8 @@ def tiny_folder(model):
 def choose_device(args):
     """Fill in args.device and args.precision, or refuse a device that torch can not see.
 
-    Of torchrun's processes each takes its own GPU, before anything touches the first one.
+    Of torchrun's processes each takes its own GPU, before anything touches the first
+    one.
     """
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -282,16 +286,17 @@ def load_pipeline(model, dtype=torch.float32):
 def load_model(args, device):
     """Load and prepare a pipeline: DDIM without clipping, no safety checker, frozen weights.
 
-    args: the flags of `add_model_flags` with T, eta, guidance, sample_batch, decode_batch,
-    checkpointing, compile and channels_last. Returns a `Model`.
+    args: the flags of `add_model_flags` with T, eta, guidance, sample_batch,
+    decode_batch, checkpointing, compile and channels_last. Returns a `Model`.
     """
     from diffusers import DDIMScheduler
     from diffusers.models.attention_processor import AttnProcessor
 
     pipe = load_pipeline(args.model, DTYPES[args.precision])
     named = {"prediction_type": args.prediction_type} if args.prediction_type else {}
-    # steps_offset 1 keeps sigma above 0 at the last step. from_config alone would take over
-    # whatever the old scheduler left out, clip_sample=True among it: a clipped step is no Gaussian.
+    # steps_offset 1 keeps sigma above 0 at the last step. from_config alone would take
+    # over whatever the old scheduler left out, clip_sample=True among it: a clipped
+    # step is no Gaussian.
     pipe.scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config,
         clip_sample=False,
@@ -318,8 +323,9 @@ def load_model(args, device):
             die("--compile needs a C++ compiler on the CPU (g++, or the one that CXX names)")
         pipe.unet.compile()
     if device.type == "cpu" and (args.compile or args.precision != "fp32"):
-        # On a CPU the backward pass of torch's fused attention takes more than twice the time in
-        # half precision, and the compiler makes faster code out of plain attention.
+        # On a CPU the backward pass of torch's fused attention takes more than twice
+        # the time in half precision, and the compiler makes faster code out of plain
+        # attention.
         pipe.unet.set_attn_processor(AttnProcessor())
     for network in (pipe.unet, pipe.vae) if args.channels_last else ():
         network.to(memory_format=torch.channels_last)

@@ -83,8 +83,8 @@ def open_trackers(cfg, folder):
 def step_energy(model, x, start, prompts, own, some, size, lora, generator):
     """|grad log p_t|^2 of a single trajectory, by step: (n,), a mean over the (m, 3) of `some`.
 
-    The first seven are the `probe` of `train.algorithm_1`. The generator draws
-    random signs: the square of a sum with such signs is on average the sum of the squares.
+    The first seven are the `probe` of `train.algorithm_1`. The generator draws random
+    signs: the square of a sum with such signs is on average the sum of the squares.
     """
     n, device, lora = x.shape[2] - 1, model.device, list(lora.values())
     shape = (int(some[:, 1].max()) + 1, x.shape[1], n)

@@ -89,9 +89,9 @@ class BertRecall(torch.nn.Module):
     """BERTScore's recall of answers against references (Zhang et al. 2020; [ddpo]).
 
     For each word piece of the reference, the largest cosine to a word piece of the
-    answer; the mean of these. As bert-score does by default, and so DDPO: embeddings after
-    `layers` layers, no idf, no rescaling by a baseline; the reference's [CLS] and [SEP] do
-    not count, the answer's may be matched; an empty answer scores 0.
+    answer; the mean of these. As bert-score does by default, and so DDPO: embeddings
+    after `layers` layers, no idf, no rescaling by a baseline; the reference's [CLS] and
+    [SEP] do not count, the answer's may be matched; an empty answer scores 0.
     """
 
     def __init__(self, name=DEBERTA[0], layers=DEBERTA[1]):
@@ -200,9 +200,9 @@ def reward_source(name):
 def checked(reward, name):
     """`reward`, with its answer checked: a (B,) float32 CPU tensor of finite numbers.
 
-    It gets copies, and its answer is copied. Raises `Stop` naming the reward if it raises
-    or returns anything else, and naming the prompt for NaN or infinity. `.model` is the
-    reward itself, `.to(device)` moves its models if any.
+    It gets copies, and its answer is copied. Raises `Stop` naming the reward if it
+    raises or returns anything else, and naming the prompt for NaN or infinity. `.model`
+    is the reward itself, `.to(device)` moves its models if any.
     """
 
     def call(images, prompts):

@@ -8,7 +8,8 @@
     before.json, after.json            a score a picture; summary.json: their means and gains
     grids/*.png, README.md             pictures of the same noise; a model card
 
-No random state is kept, since all noise is keyed (`ddim_logprob.py`). `files.py` writes safely.
+No random state is kept, since all noise is keyed (`ddim_logprob.py`). `files.py` writes
+safely.
 """
 
 import contextlib
@@ -28,7 +29,8 @@ from model import ROOT, tiny_folder
 from processes import Stop, die
 from prompts import load_prompts
 
-# Flags that may be given beside --resume: they change no expectation of what was done before
+# Flags that may be given beside --resume: they change no expectation of what was done
+# before
 WITH_RESUME = (
     *("resume", "rounds", "threads", "checkpointing", "offload", "compile", "channels_last"),
     *("sample_batch", "micro_batch", "decode_batch", "report_to", "save_every"),
@@ -193,8 +195,9 @@ def open_folder(cfg, worker):
 def check_run(folder, cfg):
     """The one judge of what a resumed run will read: what it lets pass is trusted afterwards.
 
-    config.json has been through `resumed_settings`; `keep_metrics` repairs metrics.jsonl. Ends
-    with one line. That the weights fit the model, `load_checkpoint` sees when that is there.
+    config.json has been through `resumed_settings`; `keep_metrics` repairs
+    metrics.jsonl. Ends with one line. That the weights fit the model, `load_checkpoint`
+    sees when that is there.
     """
     _, header = read_checkpoint(folder)
     if header is not None:
@@ -267,9 +270,9 @@ def resumable(folder):
 def save_checkpoint(folder, lora, optimizer, header):
     """Everything that a bit-exact resume needs, in one file and one rename.
 
-    lora: parameters by name. header: JSON data with the rounds done, the reward history, the
-    gradient scaler and the fingerprint. So weights and round can not disagree: a wrong round is a
-    wrong tau.
+    lora: parameters by name. header: JSON data with the rounds done, the reward
+    history, the gradient scaler and the fingerprint. So weights and round can not
+    disagree: a wrong round is a wrong tau.
     """
     tensors = {name: value.detach().cpu() for name, value in lora.items()}
     for name, parameter in lora.items():
@@ -314,7 +317,8 @@ def compare_marks(folder, header, mark, names):
 def load_checkpoint(folder, lora, optimizer, cfg, mark):
     """Restore weights and optimizer in place; mark: this run's `fingerprint`.
 
-    Returns the header, None before round 1. Ends with one line for another model or reward.
+    Returns the header, None before round 1. Ends with one line for another model or
+    reward.
     """
     saved, header = read_checkpoint(folder)
     if header is None:
@@ -396,7 +400,8 @@ def write_lora(folder, state):
 def write_card(folder, cfg, summary, prompts):
     """README.md, a model card in Hugging Face's format: `hf upload NAME folder` publishes a run.
 
-    `base_model` is left out where the base is a folder or file: the hub knows only its own names.
+    `base_model` is left out where the base is a folder or file: the hub knows only its
+    own names.
     """
     row = "| {before:.4f} | {after:.4f} | {gain:+.4f} | {error:.4f} | {n} |"
     table = [f"| {name.replace('_', ' | ')} " + row.format(**s) for name, s in summary.items()]
