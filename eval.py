@@ -1,4 +1,4 @@
-"""What is measured: scores and pictures of models (Sec. 4, App. F), and the metrics of a round.
+"""What is measured of models: scores and pictures (Sec. 4, App. F).
 
     python eval.py --lora RUN --prompt "a cat washing dishes"     # base and LoRA side by side
     python eval.py --lora RUN1 RUN2 --template 1 --split unseen   # a table of scores, JSON, a grid
@@ -22,48 +22,18 @@ from pathlib import Path
 
 import torch
 
-from b2rl import micro_batches
-from ddim_logprob import gaussian_kl
 from files import read_safetensors, write_json
-from lora import inject_lora, load_lora, lora_off
+from lora import inject_lora, load_lora
 from model import DTYPES, ETA, GUIDANCE, T, add_model_flags, choose_device, default_precision
 from model import load_model, progress, tiny_folder
 from processes import Parser, Stop, all_sum, die
 from prompts import load_prompts
 from rewards import REWARDS, check_reward_name, load_reward
-from run_folder import CHECKPOINT, LORA, parse_settings, read_config, save_grid
+from report import save_grid
+from run_folder import CHECKPOINT, LORA, parse_settings, read_config
 
 MAY_BE_OPEN = ("image_size", "prediction_type")  # as the model's files say
 LABELS = {"clip": "CLIPScore", "bert": "BERTScore", "recognised": "judge"}
-
-
-# ---------------------------------------------------------------- a round of training
-
-
-@torch.no_grad()
-def kl_to_base(model, x, start, prompts, own, some, size):
-    """KL(p_theta || p_pre) of a step in nats, summed over D: mean over steps and trajectories.
-
-    x, start, prompts, own: as in `train.algorithm_1`; some (m, 3) of those kept, in
-    UNet calls of at most `size` rows.
-    """
-    total = torch.zeros(2, dtype=torch.float64)
-    for p, k, s in micro_batches(some, own, x.shape[2] - 1, size):
-        x_t, c = x[p, k, s].to(model.device), [prompts[q] for q in p]
-        mu, sigma = model.policy(x_t, start - s, c)
-        with lora_off(model.unet):
-            mu_ref, _ = model.policy(x_t, start - s, c)
-        kl = gaussian_kl(mu, mu_ref, sigma) * math.prod(model.latent_shape)
-        total += torch.tensor([kl.sum().item(), len(kl)])
-    total = all_sum(total, model.device)
-    return (total[0] / total[1]).item()
-
-
-def spread(thumbs, owners):
-    """Mean std, over pictures of one prompt, of thumbnails (B, 3, 8, 8): falls on a collapse."""
-    groups = [[j for j, o in enumerate(owners) if o == prompt] for prompt in dict.fromkeys(owners)]
-    stds = [thumbs[g].std(0).mean() for g in groups if len(g) > 1]
-    return torch.stack(stds).mean().item() if stds else 0.0
 
 
 # ---------------------------------------------------------------- scores of a model

@@ -1,15 +1,19 @@
-"""What a run shows to people: curves, pictures before and after, trackers."""
+"""What is told of a round and shown of a run: metrics, curves, pictures, trackers, card."""
 
 import importlib.util
+import math
+import os
 from pathlib import Path
 
 import torch
 
 from b2rl import micro_batches
-from ddim_logprob import log_prob
+from ddim_logprob import gaussian_kl, log_prob
+from files import aside, write_safetensors, write_text
+from lora import lora_off, webui_state
+from model import ROOT, SD, tiny_folder
 from processes import Stop, all_sum, die
-from model import SD, tiny_folder
-from run_folder import aside, method_slug, read_metrics
+from run_folder import LORA, method_slug, read_metrics
 
 TRACKERS = ("tensorboard", "wandb")
 HOPELESS = (
@@ -41,8 +45,9 @@ def open_trackers(cfg, folder):
     """
     names, calls = (cfg.report_to or "").split(","), []
     if "tensorboard" in names:
+        from PIL import Image
         from torch.utils.tensorboard import SummaryWriter
-        from torchvision.io import read_image
+        from torchvision.transforms.functional import pil_to_tensor
 
         done = max((line["queries"] for line in read_metrics(folder)), default=-1)
         writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
@@ -50,7 +55,7 @@ def open_trackers(cfg, folder):
         def to_tensorboard(values, queries):
             for name, value in values.items():
                 if isinstance(value, Path):
-                    writer.add_image(name, read_image(str(value)), queries)
+                    writer.add_image(name, pil_to_tensor(Image.open(value)), queries)
                 elif isinstance(value, (int, float)):
                     writer.add_scalar(name, value, queries)
             writer.flush()
@@ -78,6 +83,32 @@ def open_trackers(cfg, folder):
             call(values, queries)
 
     return track
+
+
+@torch.no_grad()
+def kl_to_base(model, x, start, prompts, own, some, size):
+    """KL(p_theta || p_pre) of a step in nats, summed over D: mean over steps and trajectories.
+
+    x, start, prompts, own: as in `train.algorithm_1`; some (m, 3) of those kept, in
+    UNet calls of at most `size` rows.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    for p, k, s in micro_batches(some, own, x.shape[2] - 1, size):
+        x_t, c = x[p, k, s].to(model.device), [prompts[q] for q in p]
+        mu, sigma = model.policy(x_t, start - s, c)
+        with lora_off(model.unet):
+            mu_ref, _ = model.policy(x_t, start - s, c)
+        kl = gaussian_kl(mu, mu_ref, sigma) * math.prod(model.latent_shape)
+        total += torch.tensor([kl.sum().item(), len(kl)])
+    total = all_sum(total, model.device)
+    return (total[0] / total[1]).item()
+
+
+def spread(thumbs, owners):
+    """Mean std, over pictures of one prompt, of thumbnails (B, 3, 8, 8): falls on a collapse."""
+    groups = [[j for j, o in enumerate(owners) if o == prompt] for prompt in dict.fromkeys(owners)]
+    stds = [thumbs[g].std(0).mean() for g in groups if len(g) > 1]
+    return torch.stack(stds).mean().item() if stds else 0.0
 
 
 def step_energy(model, x, start, prompts, own, some, size, lora, generator):
@@ -162,3 +193,48 @@ def before_after(folder, name):
         both.paste(picture.crop((0, 0, picture.width, height)), (0, j * (height + 12)))
     with aside(folder / "before-after.png") as part:
         both.save(part, "PNG")
+
+
+def save_grid(path, images, columns):
+    """Pictures (B, 3, H, W) in [0, 1] -> one PNG, row by row, enlarged if they are tiny."""
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
+    scale = max(1, 128 // images.shape[-1])
+    big = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    with aside(path) as part:
+        to_pil_image(make_grid(big, nrow=columns, padding=4, pad_value=1.0)).save(part, "PNG")
+
+
+def write_lora(folder, state):
+    """The LoRA `state` under diffusers' names and under those of web UIs."""
+    write_safetensors(folder / LORA, state)
+    write_safetensors(folder / "webui_lora.safetensors", webui_state(state))
+
+
+def write_card(folder, cfg, summary, prompts):
+    """README.md, a model card in Hugging Face's format: `hf upload NAME folder` publishes a run.
+
+    `base_model` is left out where the base is a folder or file: the hub knows only its
+    own names.
+    """
+    row = "| {before:.4f} | {after:.4f} | {gain:+.4f} | {error:.4f} | {n} |"
+    table = [f"| {name.replace('_', ' | ')} " + row.format(**s) for name, s in summary.items()]
+    local = cfg.model == "tiny" or os.path.exists(cfg.model)
+    base = f"PATH OF {Path(cfg.model).name}" if local else cfg.model
+    base = "PATH OF THE FOLDER tiny OF B2-DIFFURL'S REPOSITORY" if tiny_folder(cfg.model) else base
+    fields = dict(
+        base=base,
+        base_model="" if local else f"base_model: {base}\n",
+        method=method_slug(vars(cfg)),
+        load="from_single_file" if cfg.model.endswith(".safetensors") else "from_pretrained",
+        kind=f', prediction_type="{cfg.prediction_type}"' if cfg.prediction_type else "",
+        size=f", height={cfg.image_size}, width={cfg.image_size}" if cfg.image_size else "",
+        queries=cfg.rounds * cfg.queries,
+        reward=Path(cfg.reward).name,
+        prompt=prompts[0],
+        table="\n".join(table),
+        prompts="\n".join(f"- {p}" for p in prompts),
+    )
+    card = (ROOT / "docs/model_card.md").read_text(encoding="utf-8")
+    write_text(folder / "README.md", card.format(**vars(cfg) | fields))

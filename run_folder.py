@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from files import aside, read_json, read_safetensors, write_json, write_safetensors, write_text
-from model import ROOT, tiny_folder
+from files import read_json, read_safetensors, write_json, write_safetensors, write_text
+from model import ROOT
 from processes import Stop, die
 from prompts import load_prompts
 
@@ -373,53 +373,3 @@ def append_metrics(folder, line):
     bad = [k for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)]
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line | dict.fromkeys(bad)) + "\n")
-
-
-# ---------------------------------------------------------------- pictures, LoRA, card
-
-
-def save_grid(path, images, columns):
-    """Pictures (B, 3, H, W) in [0, 1] -> one PNG, row by row, enlarged if they are tiny."""
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
-
-    scale = max(1, 128 // images.shape[-1])
-    big = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    with aside(path) as part:
-        to_pil_image(make_grid(big, nrow=columns, padding=4, pad_value=1.0)).save(part, "PNG")
-
-
-def write_lora(folder, state):
-    """The LoRA `state` under diffusers' names and under those of web UIs."""
-    from lora import webui_state
-
-    write_safetensors(folder / LORA, state)
-    write_safetensors(folder / "webui_lora.safetensors", webui_state(state))
-
-
-def write_card(folder, cfg, summary, prompts):
-    """README.md, a model card in Hugging Face's format: `hf upload NAME folder` publishes a run.
-
-    `base_model` is left out where the base is a folder or file: the hub knows only its
-    own names.
-    """
-    row = "| {before:.4f} | {after:.4f} | {gain:+.4f} | {error:.4f} | {n} |"
-    table = [f"| {name.replace('_', ' | ')} " + row.format(**s) for name, s in summary.items()]
-    local = cfg.model == "tiny" or os.path.exists(cfg.model)
-    base = f"PATH OF {Path(cfg.model).name}" if local else cfg.model
-    base = "PATH OF THE FOLDER tiny OF B2-DIFFURL'S REPOSITORY" if tiny_folder(cfg.model) else base
-    fields = dict(
-        base=base,
-        base_model="" if local else f"base_model: {base}\n",
-        method=method_slug(vars(cfg)),
-        load="from_single_file" if cfg.model.endswith(".safetensors") else "from_pretrained",
-        kind=f', prediction_type="{cfg.prediction_type}"' if cfg.prediction_type else "",
-        size=f", height={cfg.image_size}, width={cfg.image_size}" if cfg.image_size else "",
-        queries=cfg.rounds * cfg.queries,
-        reward=Path(cfg.reward).name,
-        prompt=prompts[0],
-        table="\n".join(table),
-        prompts="\n".join(f"- {p}" for p in prompts),
-    )
-    card = (ROOT / "docs/model_card.md").read_text(encoding="utf-8")
-    write_text(folder / "README.md", card.format(**vars(cfg) | fields))

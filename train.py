@@ -35,13 +35,14 @@ from b2rl import RewardNormaliser, RoundLog, ddpo_loss, dpo_loss, dpo_pairs, dpo
 from b2rl import StepWeights, micro_batches, pg_loss, select_all, select_pairs
 from b2rl import split_updates, tau_schedule, training_interval
 from ddim_logprob import gaussian_kl, keyed_generator, log_prob, step_factor
-from eval import compare, evaluate, kl_to_base, load_judge, spread
+from eval import compare, evaluate, load_judge
 from lora import inject_lora, lora_off, lora_state
 from model import DTYPES, ETA, GUIDANCE, SD, T, add_model_flags, choose_device, default_precision
 from model import load_model, parts, progress, tiny_folder
 from processes import Parser, Stop, all_sum, die, gather, init_processes, share, sum_gradients
 from report import TRACKERS, before_after, check_trackers, open_trackers, plot_curves
-from report import HOPELESS, first_lines, round_line, step_energy
+from report import HOPELESS, first_lines, kl_to_base, round_line, save_grid, spread
+from report import step_energy, write_card, write_lora
 from rewards import REWARDS, check_reward_name, load_reward, reward_source
 
 PHASES = ("sampling", "reward", "training")
@@ -277,7 +278,7 @@ def algorithm_1(cfg):
         scores, images = evaluate(model, reward, prompts, each, judge, worker, workers)
         if worker == 0:
             path = folder / f"grids/{when}-{name}.png"
-            run_folder.save_grid(path, images, 9)
+            save_grid(path, images, 9)
             track({f"pictures, {name}": path}, queries)
         return scores
 
@@ -397,11 +398,11 @@ def algorithm_1(cfg):
         end_round(line, scores, clock, in_a_row)
 
     if worker == 0:
-        run_folder.write_lora(folder, lora_state(model.unet))
+        write_lora(folder, lora_state(model.unet))
     after = score_all("after", cfg.rounds * P * K)
     summary, rows = compare(before, after, cfg.reward)
     if worker == 0:
-        run_folder.write_card(folder, cfg, summary, train_prompts)
+        write_card(folder, cfg, summary, train_prompts)
         run_folder.write_json(folder / "summary.json", summary)
         plot_curves(folder)
         if lists:

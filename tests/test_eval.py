@@ -16,7 +16,8 @@ from torch.distributions import Normal, kl_divergence
 import eval as evaluation
 from ddim_logprob import keyed_generator, make_schedule
 from eval import compare, evaluate, inception_left_out, inception_score, jackknife_error
-from eval import kl_to_base, paired_gain, spread, style_entropy
+from eval import paired_gain, style_entropy
+from report import kl_to_base, spread
 from files import write_json, write_safetensors
 from lora import inject_lora, lora_off, lora_state
 from rewards import checked

@@ -13,17 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same_run, make_pipeline, metrics, randomise_lora, write_prompts
-from PIL import Image
+from conftest import assert_same_run, metrics, write_prompts
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import model as model_file
 import processes
 import run_folder
 import train
-from lora import inject_lora, lora_state
-from run_folder import CHECKPOINT, LORA, fingerprint, load_checkpoint, lock, save_checkpoint
+from run_folder import CHECKPOINT, fingerprint, load_checkpoint, lock, save_checkpoint
 from test_command import light, refused  # noqa: F401 (a fixture)
 
 SHORT = ["--T", 3, "--tau0", 2, "--queries", 6, "--branches", 3, "--threshold", 0.1]
@@ -733,91 +730,6 @@ def test_metrics_are_strict_json(tmp_path):
     run_folder.append_metrics(tmp_path, line(1))
     wanted = {"a": None, "b": None, "c": None, "d": 0.5, "e": [1], "f": 3}
     assert metrics(tmp_path) == [wanted, line(1)]
-
-
-# ---------------------------------------------------------------- pictures, LoRA, card
-
-
-def test_a_grid_has_the_pictures_row_by_row(tmp_path):
-    """Tiny ones are enlarged by a whole number; pictures of 128 pixels and more are not."""
-    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
-    images = colours[:, :, None, None].expand(3, 3, 32, 32).clone()
-    images[0, :, :, :16] = 0.5
-    run_folder.save_grid(tmp_path / "a.png", images, 2)
-    grid = Image.open(tmp_path / "a.png")
-    assert grid.size == (2 * 128 + 3 * 4, 2 * 128 + 3 * 4)
-    at = lambda column, row, x=100: grid.getpixel((4 + 132 * column + x, 4 + 132 * row + 64))
-    assert (at(0, 0), at(1, 0), at(0, 1)) == ((255, 0, 0), (0, 255, 0), (0, 0, 255))
-    assert at(0, 0, 63) == (127, 127, 127) and at(0, 0, 64) == (255, 0, 0)
-    assert grid.getpixel((1, 1)) == (255, 255, 255)
-    run_folder.save_grid(tmp_path / "b.png", torch.zeros(2, 3, 160, 160), 9)
-    assert Image.open(tmp_path / "b.png").size == (332, 168)
-
-
-def test_the_lora_in_diffusers_and_in_the_web_uis_layout(tmp_path):
-    """train.py's model, `load_lora_weights(run)`, fused, and the web UI file: the same picture."""
-    ours = make_pipeline()
-    inject_lora(ours.unet)
-    randomise_lora(ours.unet, 0.2)
-    run_folder.write_lora(tmp_path, lora_state(ours.unet))
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-
-    def picture(pipe):
-        pipe.set_progress_bar_config(disable=True)
-        settings = dict(num_inference_steps=2, eta=1.0, guidance_scale=5.0, output_type="pt")
-        noise = torch.Generator().manual_seed(4)
-        return pipe("a cat", latents=latents.clone(), generator=noise, **settings).images
-
-    def same(pipe):
-        torch.testing.assert_close(picture(pipe), want, atol=1e-4, rtol=1e-4)
-
-    base, theirs, want = make_pipeline(), make_pipeline(), picture(ours)
-    assert (want - picture(base)).abs().max() > 1e-3
-    base.load_lora_weights(tmp_path)
-    same(base)
-    base.fuse_lora()
-    base.unload_lora_weights()
-    same(base)
-    state, webui = (load_file(tmp_path / f) for f in (LORA, "webui_lora.safetensors"))
-    assert len(webui) == len(state) // 2 * 3 and all(k.startswith("lora_unet_") for k in webui)
-    assert all(v == 4 for k, v in webui.items() if k.endswith(".alpha"))
-    theirs.load_lora_weights(tmp_path, weight_name="webui_lora.safetensors")
-    same(theirs)
-
-
-def write_card(folder, **changes):
-    """The model card of a run with these settings: front matter and body."""
-    flags = ["--model", "none", "--device", "cpu", "--rounds", "2", "--queries", "12"]
-    cfg = SimpleNamespace(**vars(train.parse_args(flags)) | changes)
-    scores = dict(before=0.1234, after=0.25, gain=0.1266, error=0.01, n=45)
-    summary = {"train_score": scores, "unseen_recognised": scores | {"gain": -0.5}}
-    run_folder.write_card(folder, cfg, summary, ["a 'quoted' cat", "a dog {x}"])
-    _, head, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-    return head, body
-
-
-def test_the_card_of_a_model_of_the_hub(tmp_path):
-    """Front matter that the hub reads, settings, every score, the prompts and a grid."""
-    head, body = write_card(tmp_path, model=model_file.SD, image_size=256)
-    assert f"base_model: {model_file.SD}\n" in head and "text-to-image" in head
-    assert f'from_pretrained("{model_file.SD}")' in body and "height=256, width=256)" in body
-    assert "24 reward queries\nin 2 rounds" in body and "the method ddpo-bpt-bs" in body
-    assert "| train | score | 0.1234 | 0.2500 | +0.1266 | 0.0100 | 45 |" in body
-    assert "| unseen | recognised | 0.1234 | 0.2500 | -0.5000 | 0.0100 | 45 |" in body
-    assert "- a 'quoted' cat\n- a dog {x}" in body and "prediction_type" not in body
-    assert "pipe(\"a 'quoted' cat\", num_inference_steps=20, guidance_scale=5.0, eta=1.0" in body
-
-
-def test_the_card_of_a_local_base_names_no_path(tmp_path):
-    """A folder or a file is no name on the hub; the tiny model is in this repository alone."""
-    (tmp_path / "sd.safetensors").write_text("")
-    head, body = write_card(tmp_path, model=str(tmp_path / "sd.safetensors"))
-    assert "base_model" not in head and 'from_single_file("PATH OF sd.safetensors")' in body
-    assert str(tmp_path) not in body
-    head, body = write_card(tmp_path, model="tiny", prediction_type="v_prediction")
-    assert "base_model" not in head and '"tiny"' not in body
-    assert 'from_pretrained("PATH OF THE FOLDER tiny OF B2-DIFFURL\'S REPOSITORY")' in body
-    assert 'steps_offset=1, prediction_type="v_prediction")' in body
 
 
 def test_the_code_of_a_card_draws(project):

@@ -16,7 +16,7 @@ from b2rl import RewardNormaliser
 from ddim_logprob import ddim_mean, guided_prediction, keyed_generator, log_prob
 from lora import inject_lora, lora_layers, lora_state
 from rewards import checked
-from run_folder import write_lora
+from report import write_lora
 from studies import common, compare, curves, gradient_signal, last_step, matrix, table5, tree
 
 PROMPTS = ["cat", "dog", "bird"]

@@ -21,7 +21,7 @@ import rewards
 import run_folder
 import train
 from ddim_logprob import keyed_generator
-from eval import spread
+from report import spread
 from lora import lora_off
 from model import Model
 
@@ -84,7 +84,7 @@ def loop(tmp_path, monkeypatch):
             seen.rounds.append(SimpleNamespace(**sampled, own=[key[0][2] for key in keys]))
             return x, log_p
 
-        class Normaliser(real_normaliser := train.RewardNormaliser):
+        class Normaliser(train.RewardNormaliser):
             def __call__(self, i, drawn, scores):
                 own = super().__call__(i, drawn, scores)
                 found = dict(drawn=drawn, scores=scores, r_hat=r_hat(i, scores) if r_hat else own)
@@ -775,8 +775,8 @@ def test_killed_and_resumed_equals_uninterrupted(command, tmp_path, monkeypatch)
         (train.run_folder, "write_json", 2, 0),  # config.json is there, before.json is not
         (train, "sum_gradients", 2, 0),
         (train.run_folder, "save_checkpoint", 2, 2),  # metrics hold a round more
-        (train.run_folder, "save_grid", 3, 1),  # the grid of round 2
-        (train.run_folder, "write_card", 1, 3),
+        (train, "save_grid", 3, 1),  # the grid of round 2
+        (train, "write_card", 1, 3),
     ]
     for number, (place, name, call, rounds) in enumerate(moments):
         killed, real, calls = tmp_path / f"killed{number}", getattr(place, name), itertools.count(1)

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from processes import die
-from run_folder import save_grid
+from report import save_grid
 from tiny.recognise import load_judge, recognise
 from tiny.world import STYLES, draw_pairs, fact_index, noun_prompts, parse, read_lists
 
