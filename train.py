@@ -169,6 +169,8 @@ def check(args):
         if name not in zero_is_fine and value <= 0:
             die(f"{flag} must be {'1 or more' if kind is int else 'above 0'}")
     check_trackers(args.report_to)
+    if not all(prompt.strip() for prompt in args.validation_prompt or []):
+        die("--validation-prompt is empty")
     if args.eval_prompts < 0:
         die("--eval-prompts must be 0 or more")
     for name in ("threads", "image_size", "tau_rounds"):

@@ -105,6 +105,7 @@ REFUSED = [
     (["--queries", 2**63], ["--queries"]),
     (["--queries", 10**400], ["--queries"]),
     (["--report-to", "paper"], ["paper"]),
+    (["--validation-prompt", " "], ["--validation-prompt is empty"]),
     (["--prompts", LONG], ["cannot read the prompt file", LONG]),
     (["--reward", f"{LONG}.py:score"], ["--reward", LONG]),
     (["--reward", LONG], ["unknown --reward"]),
