@@ -124,7 +124,7 @@ def parse_args(argv):
         flag, text = f"--{name.replace('_', '-')}", f"{text} (SD {sd}, tiny {tiny})"
         add(flag, dest=name, type=kind, metavar=kind.__name__, help=text)
     args = parser.parse_args(argv)
-    if args.resume:
+    if args.resume is not None:
         args = run_folder.resumed_settings(args, parser)
     return check(fill_in(args))
 

@@ -67,14 +67,16 @@ def test_interleave_takes_turns_and_drops_the_first():
 
 def test_watch_follows_rounds_that_leave_the_weights_alone(flags):
     """All turns do the same work: tau stays, gradients are real, LoRA's up weights stay ~0."""
-    lines, original = [], (run_folder.append_metrics, train.load_model, train.score)
+    lines, sampled, original = [], [], (run_folder.append_metrics, train.load_model, train.score)
 
     def pause(s):
         lines.append(s.line)
+        sampled.append(sum(s.sizes["sampling"]))
         return len(lines) == 3
 
     s = bench.watch([*flags, "--tau0=2"], pause)
     assert [line["round"] for line in lines] == [1, 2, 3] and {line["tau"] for line in lines} == {2}
+    assert sampled[0] > 0 and set(sampled) == {sampled[0]}
     assert all(line["grad_norm"] > 0 and line["updates"] > 0 for line in lines)
     up = [v for k, v in lora_parameters(s.model.unet).items() if k.endswith("lora_B.weight")]
     assert max(v.abs().max() for v in up) < 1e-9
@@ -117,14 +119,14 @@ def test_bare_makes_these_calls_and_no_others():
     model = make_small()
     inject_lora(model.unet)
     decoded, scored, decode = [], [], model.pipe.vae.decode
-    reward = lambda images, prompts: scored.append((images.shape, len(prompts)))
+    reward = lambda images, prompts: scored.append((len(images), torch.is_grad_enabled()))
     s = SimpleNamespace(model=model, reward=reward, cfg=SimpleNamespace(decode_batch=3))
     run = bench.bare(s, [4, 2, 4], False, 5)
     model.pipe.vae.decode = lambda x, **o: decoded.append(len(x)) or decode(x, **o)
     with count_unet_samples(model.unet) as seen:
         run()
     assert seen == [4, 2, 4] and decoded == [3, 2]
-    assert scored == [((3, 3, 32, 32), 3), ((2, 3, 32, 32), 2)]
+    assert scored == [(3, False), (2, False)]
     assert all(p.grad is None for p in model.unet.parameters())
     bench.bare(s, [2], True)()
     assert any(p.grad is not None and p.grad.any() for p in model.unet.parameters())
@@ -139,6 +141,7 @@ def test_saved_bytes_counts_what_autograd_keeps(flags):
     model = bench.load_one(flags).model
     (one, block), (two, _), (three, blocks) = (bench.saved_bytes(model, n) for n in (1, 2, 3))
     assert 0 < one < two and three - two == pytest.approx(two - one, rel=0.01)
+    assert one < 1.1 * (two - one)  # the weights are left out
     assert 0 < block < blocks < three
     model.unet.enable_gradient_checkpointing()
     model.unet.train()

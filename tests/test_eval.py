@@ -11,15 +11,13 @@ import torch
 from conftest import ROOT, make_small, randomise_lora
 from PIL import Image
 from safetensors.torch import save_file
-from torch.distributions import Normal, kl_divergence
 
 import eval as evaluation
 from ddim_logprob import keyed_generator, make_schedule
 from eval import compare, evaluate, inception_left_out, inception_score, jackknife_error
 from eval import paired_gain, style_entropy
-from report import kl_to_base, spread
 from files import write_json, write_safetensors
-from lora import inject_lora, lora_off, lora_state
+from lora import inject_lora, lora_state
 from rewards import checked
 from test_command import light, refused  # noqa: F401 (a fixture)
 
@@ -131,42 +129,6 @@ def test_compare_pairs_by_list_and_leaves_out_a_missing_judge():
     assert summary["unseen_score"]["gain"] == -2.0
     line = "  train   clip   1.5000 -> 2.0000   gain +0.5000 +- 0.5000 (standard error, 2 pictures)"
     assert rows[0] == line and rows[1].startswith("  train   judge  0.5000 -> 1.0000")
-
-
-def test_the_spread_is_within_a_prompt():
-    """The std over its pictures, mean over prompts that have two or more."""
-    thumbs = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    a, b = thumbs[[0, 2, 5]].numpy().std(0, ddof=1).mean(), thumbs[[1, 3]].numpy().std(0, ddof=1)
-    got = spread(thumbs, ["cat", "dog", "cat", "dog", "bird", "cat"])
-    assert got == pytest.approx((a + b.mean()) / 2, rel=1e-5)
-    assert spread(thumbs[:2], ["cat", "dog"]) == 0.0
-
-
-@torch.no_grad()
-def test_kl_to_base_is_of_whole_states_in_nats(small, monkeypatch):
-    """Summed over D, mean over states, of this process's roots; processes add up."""
-    inject_lora(small.unet)
-    randomise_lora(small.unet, 0.05)
-    x = torch.randn(2, 2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    some, names = torch.tensor([[0, 3, 1], [1, 3, 0], [2, 5, 1], [3, 4, 0]]), ["cat", "dog"]
-    want = []
-    for p, k in ((0, 1), (0, 0), (1, 1)):  # root 4 is another process's
-        for s, t in enumerate((5, 4, 3)):
-            now = Normal(*small.policy(x[p, k, s][None], t, [names[p]]))
-            with lora_off(small.unet):
-                base = Normal(*small.policy(x[p, k, s][None], t, [names[p]]))
-            want.append(kl_divergence(now, base).sum().item())
-    own, sums = torch.tensor([3, 5]), []
-
-    def with_another(total, device):
-        sums.append(total.tolist())
-        return total + torch.tensor([1.0, 7])
-
-    got = kl_to_base(small, x, 5, names, own, some, 2)
-    assert got == pytest.approx(sum(want) / 9, rel=1e-3) and got > 0
-    monkeypatch.setattr(evaluation, "all_sum", with_another)
-    got = kl_to_base(small, x, 5, names, own, some, 100)
-    assert got == pytest.approx((sum(want) + 1) / 16, rel=1e-3) and sums[0][1] == 9
 
 
 # ---------------------------------------------------------------- pictures of a model

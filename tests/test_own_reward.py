@@ -319,6 +319,8 @@ LINES = [
     ("torch.backends.cudnn.benchmark = True", "True"),
     ("torch.backends.cudnn.deterministic = True", "True"),
 ]
+FP32 = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since torch 2.9
+LINES = [case for case in LINES if FP32 or "fp32_precision" not in case[0]]
 
 
 def state():
@@ -328,7 +330,7 @@ def state():
     new = torch.ones(1)
     tensors = [torch.is_grad_enabled(), new.dtype, new.device, torch.get_num_threads()]
     matmul = [torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32]
-    matmul += [torch.backends.cuda.matmul.fp32_precision == "tf32"]
+    matmul += [FP32 and torch.backends.cuda.matmul.fp32_precision == "tf32"]
     exact = [torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark]
     exact += [torch.backends.cudnn.deterministic]
     return python + signals + tensors + matmul + exact

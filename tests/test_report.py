@@ -5,14 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_pipeline, randomise_lora
+from conftest import make_pipeline, make_small, randomise_lora
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributions import Normal, kl_divergence
 
 import model as model_file
 import report
 import train
-from lora import inject_lora, lora_state
+from lora import inject_lora, lora_off, lora_state
 from run_folder import LORA
 
 
@@ -105,6 +106,43 @@ def line(i, **more):
     values = {"round": i, "tau": 14, "queries": 12 * i, "reward_mean": 0.5 + i / 10}
     values |= {"kept": 3, "of": 12, "alone_on_prompt": 0, "kl_to_base": 0.25}
     return values | {"seconds": {"sampling": 1.0, "training": 2.5}} | more
+
+
+def test_the_spread_is_within_a_prompt():
+    """The std over its pictures, mean over prompts that have two or more."""
+    thumbs = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    a, b = thumbs[[0, 2, 5]].numpy().std(0, ddof=1).mean(), thumbs[[1, 3]].numpy().std(0, ddof=1)
+    got = report.spread(thumbs, ["cat", "dog", "cat", "dog", "bird", "cat"])
+    assert got == pytest.approx((a + b.mean()) / 2, rel=1e-5)
+    assert report.spread(thumbs[:2], ["cat", "dog"]) == 0.0
+
+
+@torch.no_grad()
+def test_kl_to_base_is_of_whole_states_in_nats(monkeypatch):
+    """Summed over D, mean over states, of this process's roots; processes add up."""
+    small = make_small(T=6, guidance=3.0)
+    inject_lora(small.unet)
+    randomise_lora(small.unet, 0.05)
+    x = torch.randn(2, 2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    some, names = torch.tensor([[0, 3, 1], [1, 3, 0], [2, 5, 1], [3, 4, 0]]), ["cat", "dog"]
+    want = []
+    for p, k in ((0, 1), (0, 0), (1, 1)):  # root 4 is another process's
+        for s, t in enumerate((5, 4, 3)):
+            now = Normal(*small.policy(x[p, k, s][None], t, [names[p]]))
+            with lora_off(small.unet):
+                base = Normal(*small.policy(x[p, k, s][None], t, [names[p]]))
+            want.append(kl_divergence(now, base).sum().item())
+    own, sums = torch.tensor([3, 5]), []
+
+    def with_another(total, device):
+        sums.append(total.tolist())
+        return total + torch.tensor([1.0, 7])
+
+    got = report.kl_to_base(small, x, 5, names, own, some, 2)
+    assert got == pytest.approx(sum(want) / 9, rel=1e-3) and got > 0
+    monkeypatch.setattr(report, "all_sum", with_another)
+    got = report.kl_to_base(small, x, 5, names, own, some, 100)
+    assert got == pytest.approx((sum(want) + 1) / 16, rel=1e-3) and sums[0][1] == 9
 
 
 def test_the_line_of_a_round():

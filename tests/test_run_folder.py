@@ -741,4 +741,4 @@ def test_the_code_of_a_card_draws(project):
     names = {}
     exec(code.replace("\npipe(", "\npicture = pipe(").replace(".images[0]", ".images"), names)
     assert names["picture"][0].size == (32, 32) and names["pipe"].scheduler.config.steps_offset == 1
-    assert (project / "runs/a/grids/after-train.png").exists() and "grids/after-train.png" in card
+    assert (project / "runs/a/before-after.png").exists() and "before-after.png" in card
