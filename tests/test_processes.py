@@ -94,8 +94,8 @@ def test_three_processes(free_port):
 
 def flags_of(random_folder, folder, out):
     """A run whose 5 roots, and their pairs, fall unevenly on two processes."""
-    flags = ["--out", out, "--T", 3, "--tau0", 2, "--rounds", 3, "--queries", 15, "--threads", 1]
-    flags += ["--sample-batch", 3, "--micro-batch", 1, "--decode-batch", 3, "--threshold", 0.1]
+    flags = ["--out", out, "--T", 3, "--tau0", 2, "--rounds", 2, "--queries", 15, "--threads", 1]
+    flags += ["--sample-batch", 6, "--micro-batch", 2, "--epochs", 1, "--threshold", 0.1]
     flags += ["--step-weight", "rms", "--eval-images", 2]
     return run_flags(random_folder, write_prompts(folder), *flags)
 

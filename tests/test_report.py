@@ -96,7 +96,7 @@ def test_the_card_of_a_local_base_names_no_path(tmp_path):
     head, body = write_card(tmp_path, model="tiny", prediction_type="v_prediction")
     assert "base_model" not in head and '"tiny"' not in body
     assert 'from_pretrained("PATH OF THE FOLDER tiny OF B2-DIFFURL\'S REPOSITORY")' in body
-    assert 'steps_offset=1, prediction_type="v_prediction")' in body
+    assert 'timestep_spacing="leading", prediction_type="v_prediction")' in body
 
 
 # ---------------------------------------------------------------- rounds, curves, trackers
