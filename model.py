@@ -5,6 +5,8 @@
 the frozen networks may be half.
 """
 
+import contextlib
+import ctypes
 import logging
 import math
 import os
@@ -283,6 +285,18 @@ def load_pipeline(model, dtype=torch.float32):
     return pipe
 
 
+def keep_freed_memory():
+    """Let the C library keep the memory of freed tensors, where it has the choice (glibc).
+
+    Otherwise each large tensor comes as new pages, which the system clears one by one: on two
+    cores the tiny model's pictures are then decoded in 1.5 times the time.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # older: no more
+
+
 def load_model(args, device):
     """Load and prepare a pipeline: DDIM without clipping, no safety checker, frozen weights.
 
@@ -292,6 +306,8 @@ def load_model(args, device):
     from diffusers import DDIMScheduler
     from diffusers.models.attention_processor import AttnProcessor
 
+    if device.type == "cpu":
+        keep_freed_memory()
     pipe = load_pipeline(args.model, DTYPES[args.precision])
     named = {"prediction_type": args.prediction_type} if args.prediction_type else {}
     # steps_offset 1 keeps sigma above 0 at the last step. from_config alone would take

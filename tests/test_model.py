@@ -468,3 +468,19 @@ def test_a_round_at_full_size(full_size, tmp_path, precision, shapes):
 def test_the_default_device_is_there():
     args = train.parse_args(["--model", "none"])
     assert args.device == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_freed_memory_is_kept_where_the_library_can(monkeypatch, random_folder):
+    """Both thresholds are raised, the second one to what an older library takes; else nothing."""
+    calls = []
+
+    def mallopt(name, value):
+        calls.append((name, value))
+        return value < 2**30  # an older library refuses more
+
+    library = SimpleNamespace(mallopt=mallopt)
+    monkeypatch.setattr(model_file.ctypes, "CDLL", lambda name: library)
+    load_model(load_args(random_folder), CPU)
+    assert calls == [(-1, 2**31 - 1), (-3, 2**30), (-3, 2**25)]
+    monkeypatch.setattr(model_file.ctypes, "CDLL", lambda name: object())  # no such function
+    model_file.keep_freed_memory()
