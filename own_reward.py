@@ -50,6 +50,14 @@ def attribute(owner, name):
     return partial(getattr, owner, name), partial(setattr, owner, name)
 
 
+def no_default_device(_):
+    """How torch starts, and a run with it."""
+    torch.set_default_device(None)
+    context = getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None)
+    if getattr(context, "device_context", 0) is None:  # torch 2.9 can not read a None again
+        del context.device_context
+
+
 # What code can change in a process, and a run depends on: how to read it, how to set it.
 # Random state is not in it, as all noise of a run is keyed, nor are environment variables,
 # which a run reads at its start.
@@ -62,8 +70,7 @@ PROCESS = (
     (partial(signal.getsignal, signal.SIGTERM), partial(signal.signal, signal.SIGTERM)),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
-    # A run sets no default device; None is how torch starts.
-    (torch.get_default_device, lambda device: torch.set_default_device(None)),
+    (torch.get_default_device, no_default_device),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
