@@ -165,3 +165,32 @@ def test_every_flag_that_is_named_exists(understood):
     for page, text in TEXTS.items():
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
         assert named <= flags | OTHERS, (page, named - flags - OTHERS)
+
+
+def test_the_worked_example_changes_ten_lines_at_most_and_trains(tmp_path, random_folder):
+    """README's group-relative advantage, applied to train.py: every branch is trained on."""
+    import importlib.util
+    import json
+
+    diff = TEXTS["README.md"].split("```diff\n")[1].split("```")[0].splitlines()
+    assert 0 < len(diff) <= 10
+    code, old, new = (ROOT / "train.py").read_text(encoding="utf-8"), "", ""
+    for line in [*diff, "-"]:
+        if line[0] == "-" and new:
+            assert code.count(old) == 1, old
+            code, old, new = code.replace(old, new), "", ""
+        old += f"{line[1:]}\n" if line[0] == "-" else ""
+        new += f"{line[1:]}\n" if line[0] == "+" else ""
+    (tmp_path / "grpo.py").write_text(code, encoding="utf-8")
+    (tmp_path / "bright.py").write_text("def score(x, prompts):\n    return x.mean((1, 2, 3))\n")
+    (tmp_path / "p.txt").write_text("a cat\n")
+    spec = importlib.util.spec_from_file_location("grpo", tmp_path / "grpo.py")
+    grpo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(grpo)
+    flags = (
+        f"--model {random_folder} --device cpu --threads 1 --T 3 --tau0 2 --queries 6 --rounds 1"
+    )
+    flags += f" --reward {tmp_path}/bright.py:score --prompts {tmp_path}/p.txt --out {tmp_path}/run"
+    grpo.main([*flags.split(), "--eval-prompts", "0"])
+    (line,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["kept"] == json.loads(line)["of"] == 6
