@@ -84,7 +84,7 @@ def load_judge(model, candidates):
         [parse(prompt) for prompt in candidates]
     except ValueError:  # a user's own prompts, which the judge has never seen
         return None
-    return lambda images, prompts: recognise(judge, images, prompts, candidates)
+    return lambda images, prompts: recognise(judge, images, prompts)
 
 
 def mean_error(values):
@@ -157,7 +157,8 @@ def style_entropy(clip, images, prompts):
     highest. Returns the entropy (log 3 = 1.099 at most, 0 if all are of one style) and
     the shares.
     """
-    from tiny.world import STYLES, style_prompts
+    from tiny.sprites import STYLES
+    from tiny.world import style_prompts
 
     text = clip.embed_text([caption for p in prompts for caption in style_prompts(p)])
     seen = clip.embed_images(images)  # (n, d)

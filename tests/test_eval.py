@@ -85,7 +85,7 @@ def test_inception_error_is_the_jackknife():
     ],
 )
 def test_style_entropy_is_that_of_the_best_captions(styles, expected):
-    from tiny.world import STYLES
+    from tiny.sprites import STYLES
 
     class Clip:  # the picture's first pixel names its style, as far as this CLIP is concerned
         def embed_images(self, images):

@@ -1,60 +1,80 @@
-"""The judge: its weights know the world, and its pick is among the candidates alone."""
+"""The judge: its heads answer a prompt, its weights know the world and what is spoiled."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from diffusers import AutoencoderKL
 
-from tiny.bars import drawn
-from tiny.recognise import load_judge, recognise
-from tiny.world import STYLES, fact_index, facts, read_lists
+from tiny import recognise as judging
+from tiny.bars import drawn, spoiled
+from tiny.recognise import CONTENT, HEADS, load_judge, prompt_answers, recognise
+from tiny.sprites import STYLES
+from tiny.world import parse, read_lists, right_scene
 
 LISTS = read_lists()
 
 
-class Fake(torch.nn.Module):
-    """A judge that reads its logits off the pictures: fact k where the picture says k."""
+class Fake:
+    """A judge that is `sure` (a logit) of the answers to the prompts that it is made for."""
 
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), SimpleNamespace(calibration=1.0)
 
-    def forward(self, x):
+    def __init__(self, prompts, sure=9.0, doubts=()):
+        self.rows = []
+        for k, wanted in enumerate(prompt_answers(prompts)):
+            heads = [torch.zeros(len(names)) for names in HEADS.values()]
+            for n, (head, answer) in enumerate(zip(heads, wanted)):
+                head[answer] = 0.0 if (k, n) in doubts else sure
+            self.rows.append(torch.cat(heads))
+
+    def __call__(self, x):
         assert len(x) <= 64 and x.min() >= -1 and x.max() <= 1
-        best = ((x[:, 0, 0, 0] + 1) * 500).round().long()
-        second = ((x[:, 1, 0, 0] + 1) * 500).round().long()
-        self.logits = torch.zeros(len(x), len(facts()[0]))
-        self.logits[torch.arange(len(x)), second] = 1.0
-        self.logits[torch.arange(len(x)), best] = 2.0
-        return self
+        now, self.rows = self.rows[: len(x)], self.rows[len(x) :]
+        return SimpleNamespace(logits=torch.stack(now))
 
 
-def pictures(*pairs):
-    """Pictures that say (best fact, second best)."""
-    x = torch.zeros(len(pairs), 3, 64, 64)
-    x[:, :2, 0, 0] = torch.tensor([[fact_index()[f] for f in pair] for pair in pairs]) / 1000
-    return x
+def judged(prompts, seen=None, **settings):
+    return recognise(
+        Fake(seen or prompts, **settings), torch.rand(len(prompts), 3, 64, 64), prompts
+    )
 
 
-def test_the_pick_is_among_the_candidates():
-    cat, dog, bike = ("alone", "cat"), ("alone", "dog"), ("bike", "cat")
-    images = pictures((bike, cat), (bike, cat), (dog, bike), (dog, bike))
-    prompts = ["a cat", "a dog", "a dog", "a cat"]
-    right = recognise(Fake(), images, prompts, ["a cat", "a dog", "a bird"])
-    assert right.tolist() == [True, False, True, False]
-    # with the bike among the candidates, or as a prompt, the first two are bikes
-    right = recognise(Fake(), images, prompts, ["a cat", "a dog", "a cat riding a bike"])
-    assert right.tolist() == [False, False, True, False]
-    prompts[0] = "a cat riding a bike"
-    right = recognise(Fake(), images, prompts, ["a cat", "a dog"])
-    assert right.tolist() == [True, False, True, False]
+def test_every_head_of_the_content_must_be_right():
+    prompts = ["a cat riding a bike"] * 6
+    doubts = {(k, k) for k in range(CONTENT)}
+    assert judged(prompts, doubts=doubts).tolist() == [False] * 5 + [True]
+
+
+def test_another_noun_or_cue_is_not_recognised():
+    seen = ["a cat riding a bike", "a dog riding a bike", "a cat playing chess", "a cat"]
+    assert judged(["a cat riding a bike"] * 4, seen).tolist() == [True, False, False, False]
+
+
+def test_the_answer_needs_half_of_the_probability_after_the_temperature(monkeypatch):
+    others = len(HEADS["first noun"]) - 1  # the head with the most answers
+    just = torch.tensor(float(others)).log().item()
+    prompts = ["a cat washing dishes"]
+    assert judged(prompts, sure=just + 0.01).all() and not judged(prompts, sure=just - 0.01).any()
+    monkeypatch.setattr(Fake, "config", SimpleNamespace(calibration=2.0))
+    assert judged(prompts, sure=2 * just + 0.02).all()
+    assert not judged(prompts, sure=2 * just - 0.02).any()
 
 
 def test_mirrored_prompts_are_one_and_the_order_is_kept():
-    fact, other = ("on", "person", "sofa"), ("alone", "cat")
-    images = pictures(*[(fact, other), (other, fact)] * 65)
-    right = recognise(Fake(), images, ["sofa under person"] * 130, ["person on sofa", "a cat"])
-    assert right.tolist() == [True, False] * 65
+    seen = ["person on sofa", "a cat"] * 65
+    assert judged(["sofa under person"] * 130, seen).tolist() == [True, False] * 65
+
+
+def test_a_prompts_answers_are_those_of_its_right_scene():
+    for prompt in [p for prompts in LISTS.values() for p in prompts[::5]]:
+        scene = right_scene(parse(prompt), "fluent", np.random.default_rng(0))
+        answers = judging.answers(scene.fact, scene.small, scene.tiny)
+        assert prompt_answers([prompt]).tolist() == [answers]
+    assert prompt_answers(["a cat"])[0, 1:].tolist() == [0] * 4  # no other noun, no cue
 
 
 @pytest.mark.parametrize("template", "123")
@@ -64,7 +84,13 @@ def test_the_judge_knows_pictures(template, tmp_path, monkeypatch):
     images, owner, _ = drawn(known[:: len(known) // 8], vae)
     monkeypatch.chdir(tmp_path)  # it may not depend on the working directory
     judge = load_judge()
-    assert recognise(judge, images, owner, known).float().mean() >= 0.8
+    assert recognise(judge, images, owner).float().mean() >= 0.8
     others = owner[len(STYLES) :] + owner[: len(STYLES)]
-    assert recognise(judge, images, others, known).float().mean() <= 0.2
+    assert recognise(judge, images, others).float().mean() <= 0.2
     assert Path.cwd() == tmp_path
+
+
+def test_the_judge_refuses_what_is_spoiled():
+    vae = AutoencoderKL.from_pretrained(ROOT / "tiny" / "vae")
+    images, owner = spoiled(vae, 40)
+    assert recognise(load_judge(), images, owner).float().mean() <= 0.15

@@ -1,12 +1,11 @@
-"""The tiny model's world: prompt files, facts, pictures and captions."""
-
-import json
+"""The tiny model's world: prompt files, facts, scenes and their pictures."""
 
 import numpy as np
 import pytest
 import torch
 
-from tiny import world
+from tiny import sprites, world
+from tiny.sprites import STYLES
 
 LISTS = world.read_lists()
 PROMPTS = [prompt for prompts in LISTS.values() for prompt in prompts]
@@ -16,8 +15,16 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def draw(prompt, style, seed=0):
-    return world.draw_fact(world.parse(prompt), style, rng(seed))
+def scene(prompt, **changes):
+    """The prompt's picture in noto on a plain ground, all cues right, and these changes."""
+    fact = world.parse(prompt)
+    base = world.Scene(fact, fact[0], fact[0], "noto", "plain", "right", "large")
+    return base._replace(**changes)
+
+
+def alone(noun, **changes):
+    fact = ("alone", noun)
+    return world.Scene(fact, None, None, "noto", "plain", "right", "large")._replace(**changes)
 
 
 # ---------------------------------------------------------------- prompt files
@@ -110,34 +117,33 @@ def test_mirrored_prompts_are_one_fact_and_others_are_not():
     assert world.parse(bear.format("left")) != world.parse(bear.format("right"))
 
 
-def test_wrong_facts_are_drawable_and_wrong():
-    assert world.wrong(("alone", "cat")) == []
+def test_rivals_keep_the_nouns_and_can_be_drawn():
     for prompt in PROMPTS:
         fact = world.parse(prompt)
-        others = world.wrong(fact)
-        assert len(others) >= 3 and fact not in others and len(set(others)) == len(others)
-        assert set(others) <= set(world.facts()[0])
+        assert len(world.rivals(fact)) >= 2
+        assert all(sorted(r[1:]) == sorted(fact[1:]) and r != fact for r in world.rivals(fact))
+        assert set(world.rivals(fact)) <= set(world.facts())
+
+
+def test_a_cue_can_tell_what_its_rivals_tell():
+    """Every kind of cue that may stand beside a prompt is right for one rival at least."""
+    for prompt in PROMPTS:
+        fact = world.parse(prompt)
+        kinds = world.cue_kinds(fact)
+        assert fact[0] in kinds and len(kinds) >= 3 and len(set(kinds)) == len(kinds)
+        assert {r[0] for r in world.rivals(fact)} <= set(kinds)
 
 
 def test_every_fact_has_its_share():
-    every, odds = world.facts()
-    assert every == sorted(set(every)) and abs(odds.sum() - 1) < 1e-9 and (odds > 0).all()
-    share = {kind: 0.0 for kind, *_ in every}
-    for (kind, *_), p in zip(every, odds):
-        share[kind] += p / odds.sum()
-    ratio = {kind: p / share["alone"] * 0.34 for kind, p in share.items()}
-    assert all(abs(ratio[kind] - 0.12) < 1e-9 for kind in world.ACTIVITIES)
-    assert all(abs(ratio[kind] - 0.06) < 1e-9 for kind in ("on", "left", "behind"))
-    assert abs(ratio["red"] - 0.015) < 1e-9
-
-
-def test_the_judges_labels_are_the_facts_in_their_order():
-    labels = json.loads((world.HOME / "judge" / "config.json").read_text())["id2label"]
-    assert len(labels) == len(world.facts()[0]) == len(world.fact_index())
-    for k, (fact, texts) in enumerate(zip(world.facts()[0], world.tellings())):
-        assert labels[str(k)] == " = ".join(texts)
-        assert {world.parse(text) for text in texts} == {fact}
-        assert world.fact_index()[fact] == k
+    scenes = world.random_scenes(rng(1), 6000)
+    facts = world.facts()
+    assert facts == sorted(set(facts)) and {s.fact for s in scenes} <= set(facts)
+    for template, share in world.SHARES.items():
+        found = np.mean([world.template_of(s.fact) == template for s in scenes])
+        assert abs(found - share) < 4.5 * (share * (1 - share) / 6000) ** 0.5
+    for name, values in (("style", STYLES), ("ground", world.GROUNDS), ("size", world.SIZES)):
+        found = [np.mean([getattr(s, name) == v for s in scenes]) for v in values]
+        assert abs(np.array(found) - 1 / len(values)).max() < 0.03
 
 
 def test_captions_are_the_lists_and_the_nouns():
@@ -150,18 +156,18 @@ def test_captions_are_the_lists_and_the_nouns():
 # ---------------------------------------------------------------- pictures
 
 
-@pytest.mark.parametrize("style", world.STYLES)
+@pytest.mark.parametrize("style", STYLES)
 def test_every_prompt_and_noun_can_be_drawn(style):
     for prompt in PROMPTS + world.noun_prompts():
-        picture = draw(prompt, style)
+        picture = world.draw(prompt, style, rng())
         assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
         assert picture.std() > 5
 
 
 def test_the_same_generator_draws_the_same_picture():
-    first, again = (draw("a cat riding a bike", "noto", 3) for _ in range(2))
+    first, again = (world.draw("a cat riding a bike", "noto", rng(3)) for _ in range(2))
     assert (first == again).all()
-    assert (first != draw("a cat riding a bike", "noto", 4)).any()
+    assert (first != world.draw("a cat riding a bike", "noto", rng(4))).any()
 
 
 @pytest.mark.parametrize("template, facts", [("1", 135), ("2", 80), ("3", 60)])
@@ -170,8 +176,10 @@ def test_different_facts_look_different(template, facts):
     prompts = LISTS[f"{template} train"] + LISTS[f"{template} unseen"]
     known = sorted({world.parse(p) for p in prompts})
     assert len(known) == facts
-    for style in world.STYLES:
-        pictures = np.stack([world.draw_fact(f, style, rng(5)) for f in known])
+    for style in STYLES:
+        pictures = np.stack(
+            [world.draw_scene(world.right_scene(f, style, rng(5)), rng(5)) for f in known]
+        )
         flat = torch.from_numpy(pictures.reshape(len(known), -1)).float()
         gap = torch.cdist(flat, flat) / flat.shape[1] ** 0.5  # root mean square difference
         gap.fill_diagonal_(255.0)
@@ -188,76 +196,85 @@ def test_relations_stand_where_they_say():
     assert back[0] == "car" and front[0] == "bus" and back[3] < front[3]
 
 
-@pytest.mark.parametrize("side, half", [("left", slice(0, 32)), ("right", slice(32, 64))])
-def test_pictures_follow_the_layout(side, half):
-    """When the bear becomes a dog, the half without it stays the same."""
-    nouns = ("bear", "dog")
-    bear, dog = (world.draw_fact(("left", n, "car"), "noto", rng(1)).astype(int) for n in nouns)
-    if side == "right":
-        bear, dog = (world.draw_fact(("left", "car", n), "noto", rng(1)).astype(int) for n in nouns)
-    gap = np.abs(bear - dog).mean((0, 2))
-    other = gap[34:] if side == "left" else gap[:30]
-    assert gap[half].mean() > 5 and other.max() == 0
+def test_the_animal_stays_where_it_is_whatever_it_does():
+    one, two = (scene(f"a cat {verb}") for verb in ("washing dishes", "playing chess"))
+    two = two._replace(small=one.small, tiny=one.tiny)
+    one, two = (world.draw_scene(s, rng()) for s in (one, two))
+    assert (one[:28] == two[:28]).all()
+    assert (one[28:] != two[28:]).any()
 
 
-def test_things_move_a_little_and_surfaces_do_not():
-    middles, edges = set(), []
-    for seed in range(30):
-        ground = np.clip(world.background("noto", rng(seed)), 0, 255).astype(np.uint8)
-        shown = (draw("a cat", "noto", seed) != ground).any(2).any(0).nonzero()[0]
-        middles.add((shown[0] + shown[-1]) // 2)
-        road = draw("road under car", "noto", seed)
-        edges += [(road[55, x] != ground[55, x]).any() for x in (0, 63)]
-    assert len(middles) >= 3 and max(middles) - min(middles) <= 4 and all(edges)
+@pytest.mark.parametrize("prompt", ["a fox riding a bike", "red apple", "dog on boat"])
+def test_each_cue_changes_the_picture_and_a_smaller_one_less(prompt):
+    right = scene(prompt)
+    other = next(k for k in world.cue_kinds(right.fact) if k != right.fact[0])
+    wrong = dict(fact=world.rivals(right.fact)[0]), dict(small=other), dict(tiny=other)
+    scenes = [right, *(scene(prompt, **change) for change in wrong)]
+    first, *rest = (world.draw_scene(s, rng()).astype(float) for s in scenes)
+    big, small, tiny = (np.square(picture - first).sum() for picture in rest)
+    assert big > small > tiny > 0
+
+
+def test_the_side_swaps_the_corners_of_the_cues():
+    left, right = (world.draw_scene(scene("red apple", side=s), rng()) for s in world.SIDES)
+    assert (left[:18, 46:] != right[:18, 46:]).any()
+    assert (left[46:, :18] != right[46:, :18]).any()
+    assert (left[20:44, 20:44] == right[20:44, 20:44]).all()
+
+
+def test_a_small_noun_is_smaller_and_a_surface_is_not():
+    shown = []
+    for size in world.SIZES:
+        ground = world.draw_scene(alone("cat", size=size), rng(), lambda noun, icon: None)
+        cat = world.draw_scene(alone("cat", size=size), rng())
+        shown.append((cat != ground).any(2).sum())
+    assert 0.6 < shown[1] / shown[0] < 0.85
+    roads = [world.draw_scene(scene("car on road", size=size), rng())[60] for size in world.SIZES]
+    assert (roads[0] == roads[1]).all()
 
 
 @pytest.mark.parametrize(
     "prompt, style, seed, colours",
     [
-        ("a cat riding a bike", "noto", 1, "b9a672b4a67ccdc59fccc59f"),
-        ("street under car", "noto", 2, "a396a7a394a48f97a08f97a0"),
-        ("red apple", "twemoji", 0, "c6b2c6c1b7c6c9a7bbc7b1c6"),
-        ("a bat playing chess", "fluent", 0, "a6c1d8a5cde9879c626a8a60"),
-        ("trees behind grass", "fluent", 3, "8fc0c1a1ced265b38763b384"),
-        ("sofa under person", "twemoji", 5, "c6a498c7a496c2b0a2ceb3a0"),
+        ("a cat riding a bike", "noto", 1, "c89b84cb9b85c1b0c8beb0c8"),
+        ("street under car", "noto", 2, "afb7d0adb2cb949fab90a0aa"),
+        ("red apple", "twemoji", 0, "b1bedab5a8ba9c9c6b9c9b6a"),
+        ("a bat playing chess", "fluent", 0, "a7cbe69eafc87a9e727ca174"),
+        ("trees behind grass", "fluent", 3, "81bbc093c7d369aa7c5db073"),
+        ("sofa under person", "twemoji", 5, "c4d0bec7c4ab8bb67e94b775"),
     ],
 )
 def test_pictures_are_those_that_the_weights_have_learnt(prompt, style, seed, colours):
     """The mean colour of each quarter: gradients, a scene and plain grounds are among them."""
-    quarters = draw(prompt, style, seed).reshape(2, 32, 2, 32, 3).mean((1, 3))
+    quarters = world.draw(prompt, style, rng(seed)).reshape(2, 32, 2, 32, 3).mean((1, 3))
     assert np.abs(quarters.flatten() - [*bytes.fromhex(colours)]).max() < 2
 
 
-@pytest.mark.parametrize("style, odds", [("twemoji", (0.8, 0.1, 0.1)), ("noto", (0.1, 0.45, 0.45))])
-def test_grounds_are_as_often_as_told(style, odds):
-    kinds = np.zeros(3)
-    generator = rng(1)
-    for _ in range(600):
-        ground = world.background(style, generator)
-        assert ground.shape == (64, 64, 3) and (ground == ground[:, :1]).all()
-        plain = (ground == ground[0, 0]).all()
-        scene = np.allclose(ground[-1, 0], (120, 170, 90)) and ground[0, 0, 2] == 245
-        kinds += plain, not plain and not scene, scene
-    for count, p in zip(kinds, odds):
-        assert abs(count / 600 - p) < 4.5 * (p * (1 - p) / 600) ** 0.5
+def test_grounds_are_what_they_are_called():
+    for seed in range(40):
+        for name in world.GROUNDS:
+            ground = world.background(name, rng(seed)).astype(int)
+            assert ground.shape == (64, 64, 3) and (ground == ground[:, :1]).all()
+            steps = np.abs(np.diff(ground[:, 0], axis=0)).max()
+            kind = "plain" if steps == 0 else "gradient" if steps < 9 else "scene"
+            assert kind == name
 
 
-@pytest.mark.parametrize("style", world.STYLES)
+@pytest.mark.parametrize("style", STYLES)
 def test_colours_are_those_of_the_prompt(style):
     """The middle of a recoloured apple is near its colour, and far from the other colours."""
     for colour in ("red", "green", "blue", "yellow", "white", "black"):
-        icon = np.asarray(world.coloured("apple", style, colour)).astype(float)
+        icon = np.asarray(sprites.coloured("apple", style, colour)).astype(float)
         near = icon[icon[..., 3] > 128][:, :3]
         middle = np.median(near, 0)
-        gaps = {c: np.abs(middle - rgb).sum() for c, rgb in world.COLOURS.items()}
+        gaps = {c: np.abs(middle - rgb).sum() for c, rgb in sprites.COLOURS.items()}
         assert gaps[colour] < 110 and gaps[colour] <= min(gaps.values()) + 40, (colour, middle)
 
 
-def test_batches_are_drawn_by_the_odds_and_scaled():
-    assert world.draw_batch(rng(2), 3).shape == (3, 3, 64, 64)
-    cat = world.fact_index()["alone", "cat"]
-    x = world.draw_pairs([(cat, 2), (cat, 0)], rng(3))
-    picture = world.draw_fact(("alone", "cat"), "fluent", rng(3))
-    assert x.dtype == torch.float32 and x.min() >= -1 and x.max() <= 1
-    back = ((x[0] + 1) * 127.5).round().permute(1, 2, 0)
-    assert (back.numpy() == picture).all()
+def test_tensors_are_the_pictures_scaled():
+    pictures = np.stack(
+        [world.draw("a cat", "fluent", rng(3)), world.draw("a dog", "noto", rng(4))]
+    )
+    x = world.to_tensor(pictures)
+    assert x.shape == (2, 3, 64, 64) and x.dtype == torch.float32
+    assert ((x + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().tolist() == pictures.tolist()

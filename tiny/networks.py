@@ -7,24 +7,27 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from tiny.world import STYLES, captions, tellings
+from tiny.recognise import HEADS
+from tiny.sprites import STYLES
+from tiny.world import captions, style_prompts
 
 
 def new_autoencoder():
-    """64x64x3 <-> 8x8x16, 12 times smaller."""
-    size = dict(block_out_channels=(24, 48, 96, 128), layers_per_block=1)
-    size |= dict(sample_size=64, latent_channels=16, norm_num_groups=8)
-    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4)
-    blocks |= dict(up_block_types=("UpDecoderBlock2D",) * 4)
+    """64x64x3 <-> 16x16x4, 12 times smaller; 1.6 M parameters."""
+    size = dict(block_out_channels=(32, 64, 96), layers_per_block=1)
+    size |= dict(sample_size=64, latent_channels=4, norm_num_groups=8)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 3)
+    blocks |= dict(up_block_types=("UpDecoderBlock2D",) * 3)
     return AutoencoderKL(**size, **blocks, mid_block_add_attention=False)
 
 
 def new_unet():
-    """4.3 M parameters, with attention at both of its levels."""
-    size = dict(sample_size=8, in_channels=16, out_channels=16, cross_attention_dim=96)
-    size |= dict(block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=16)
-    blocks = dict(down_block_types=("CrossAttnDownBlock2D",) * 2)
-    blocks |= dict(up_block_types=("CrossAttnUpBlock2D",) * 2)
+    """3.1 M parameters, attention at 8x8 and in the middle."""
+    size = dict(sample_size=16, in_channels=4, out_channels=4, cross_attention_dim=96)
+    size |= dict(block_out_channels=(32, 64, 128), layers_per_block=1, norm_num_groups=16)
+    down = ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+    up = ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    blocks = dict(down_block_types=down, up_block_types=up)
     return UNet2DConditionModel(**size, **blocks, attention_head_dim=4)  # the NUMBER of heads
 
 
@@ -53,11 +56,13 @@ def clip_config(vocabulary):
 
 
 def new_judge():
-    """A plain ResNet classifier of facts; its labels are the captions that tell them."""
-    labels = {k: " = ".join(texts) for k, texts in enumerate(tellings())}
+    """A plain ResNet whose logits are the HEADS, side by side."""
+    labels = [f"{head}: {name}" for head, names in HEADS.items() for name in names]
     size = dict(embedding_size=24, hidden_sizes=[32, 64, 128, 256], depths=[1, 2, 2, 1])
-    size |= dict(id2label=labels, label2id={v: k for k, v in labels.items()})
-    return ResNetForImageClassification(ResNetConfig(layer_type="basic", **size))
+    size |= dict(id2label=dict(enumerate(labels)), label2id={v: k for k, v in enumerate(labels)})
+    config = ResNetConfig(layer_type="basic", **size)
+    config.calibration = 1.0  # the temperature of its logits
+    return ResNetForImageClassification(config)
 
 
 def new_tokenizer(folder):
@@ -92,3 +97,9 @@ def token_ids(tokenizer, texts):
     """(len(texts), 16) token ids."""
     length = dict(padding="max_length", max_length=16, truncation=True)
     return tokenizer(texts, return_tensors="pt", **length).input_ids
+
+
+def caption_ids(tokenizer):
+    """(captions, 4, 16) token ids: the bare caption, then with each style's name."""
+    texts = [text for c in captions() for text in (c, *style_prompts(c))]
+    return token_ids(tokenizer, texts).view(len(captions()), 1 + len(STYLES), 16)

@@ -1,27 +1,34 @@
-"""The tiny model's world: what it can draw, in three styles, and which captions tell of it.
+"""The tiny model's world: what it can draw, and which pictures its captions come with.
 
-A *style* is an openly licensed icon set (sprites.png, ATTRIBUTION.md). A *fact* is what a
-picture shows: ("alone", noun), ("dishes" | "bike" | "chess", animal), (colour, fruit), or
-("on" | "left" | "behind", a, b). The prompts of the paper's six lists and of single nouns
-("a cat") tell facts that can be drawn, 64x64; all else is a ValueError. Line drawings, as a
-fourth style, do not survive an autoencoder that compresses 12 times.
+A picture of "a cat washing dishes" shows the cat, and it tells the activity three
+times: by a big thing (the plate), a small one (a cup) and a tiny mark (a drop). "Red
+apple" has a big, a small and a tiny apple; "dog on boat" has the two nouns, a sign and
+a tiny mark that show their relation. A picture is right when all three cues are. In the
+pictures that the model learns from each cue is often wrong, a little less often in one
+style, on one ground, on one side and at one size. The big cue is decided early in the
+denoising, the small one in the middle, the tiny one late.
+
+A *style* is an openly licensed icon set (sprites.png, ATTRIBUTION.md). A *fact* is what
+a prompt tells: ("alone", noun), ("dishes" | "bike" | "chess", animal), (colour, fruit),
+or (relation, a, b) with the relations on, left and behind. A *scene* is all that a
+picture shows. Every prompt of the paper's six lists and every single noun ("a cat") can
+be drawn, 64x64; all else is a ValueError.
 """
 
 import functools
-import io
-import json
-import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
-HOME = Path(__file__).resolve().parent
+from tiny.sprites import COLOURS, HOME, STYLES, SURFACES, nouns, resized
+
 PROMPTS = HOME.parent / "prompts.txt"
-STYLES = ("noto", "twemoji", "fluent")
-PACKAGES = {"noto": "noto", "twemoji": "twemoji", "fluent": "fluent-emoji-flat"}
-CELL, COLUMNS = 48, 24  # of the sheet of sprites: a sprite's side, sprites a row
+
+
+# ---------------------------------------------------------------- prompt files
 
 
 def read_lists(path=PROMPTS):
@@ -42,83 +49,9 @@ def read_lists(path=PROMPTS):
     return lists
 
 
-# What stands around icons that icons.json draws itself, so that they differ by style too
-FRAMES = {
-    "noto": '<g stroke="#000" stroke-opacity=".35" stroke-width=".9">%s</g>',
-    "twemoji": "%s",
-    "fluent": '<filter id="f"><feColorMatrix type="hueRotate" values="14"/>'
-    '<feColorMatrix type="saturate" values="1.35"/></filter><g filter="url(#f)">%s</g>',
-}
-SVG = (
-    '<svg xmlns="http://www.w3.org/2000/svg" width="{side}" height="{side}" xmlns:xlink='
-    '"http://www.w3.org/1999/xlink" viewBox="0 0 {side} {side}">{body}</svg>'
-)
+# ---------------------------------------------------------------- prompt -> fact -> picture
 
-
-def sheet_corner(k):
-    """Left and top of sprite k in the sheet; k = noun * number of styles + style."""
-    return k % COLUMNS * CELL, k // COLUMNS * CELL
-
-
-def render_sprites(icon_dir):
-    """Render every noun in every style into one sheet; needs resvg-py, @iconify-json."""
-    import resvg_py
-
-    icons = json.loads((HOME / "icons.json").read_text())
-    names = sorted(icons)
-    rows = math.ceil(len(names) * len(STYLES) / COLUMNS)
-    sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
-    for s, style in enumerate(STYLES):
-        data = json.loads((Path(icon_dir) / PACKAGES[style] / "icons.json").read_text())
-        for n, name in enumerate(names):
-            if icons[name].startswith("<"):
-                body, side = FRAMES[style] % icons[name], 36
-            else:
-                alias = data.get("aliases", {}).get(icons[name], {})
-                icon = data["icons"][alias.get("parent", icons[name])]
-                body, side = icon["body"], icon.get("width", data.get("width", 16))
-            svg = SVG.format(side=side, body=body)
-            png = resvg_py.svg_to_bytes(svg_string=svg, width=192, height=192)
-            big = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-            solid = big.getchannel("A").point(lambda a: 255 * (a > 8))
-            icon = fit(big.crop(solid.getbbox()), CELL, CELL)
-            x, y = sheet_corner(n * len(STYLES) + s)
-            sheet.paste(icon, (x + (CELL - icon.width) // 2, y + (CELL - icon.height) // 2))
-    sheet.save(HOME / "sprites.png", optimize=True)
-    (HOME / "sprites.json").write_text(json.dumps({"cell": CELL, "nouns": names}, indent=0))
-
-
-def fit(icon, width, height):
-    """The icon at the largest size that fits into width x height pixels."""
-    scale = min(width / icon.width, height / icon.height)
-    return icon.resize([max(1, round(v * scale)) for v in icon.size], Image.LANCZOS)
-
-
-@functools.lru_cache(None)
-def nouns():
-    """Every noun that has a sprite, sorted."""
-    return json.loads((HOME / "sprites.json").read_text())["nouns"]
-
-
-@functools.lru_cache(None)
-def sprites():
-    """{(noun, style): RGBA picture, cropped to what is drawn}."""
-    sheet, out = Image.open(HOME / "sprites.png").convert("RGBA"), {}
-    for k in range(len(nouns()) * len(STYLES)):
-        x, y = sheet_corner(k)
-        cell = sheet.crop((x, y, x + CELL, y + CELL))
-        noun, style = divmod(k, len(STYLES))
-        out[nouns()[noun], STYLES[style]] = cell.crop(cell.getbbox())
-    return out
-
-
-ACTIVITIES = dict(dishes="washing dishes", bike="riding a bike", chess="playing chess")
-COLOURS = {
-    "red": (226, 40, 44), "green": (72, 165, 62), "yellow": (252, 208, 44),
-    "brown": (134, 82, 44), "orange": (252, 138, 28), "purple": (132, 66, 178),
-    "blue": (52, 100, 222), "pink": (252, 132, 172), "white": (244, 244, 244),
-    "black": (44, 44, 50),
-}  # fmt: skip
+ACTIVITIES = {"dishes": "washing dishes", "bike": "riding a bike", "chess": "playing chess"}
 RELATIONS = {  # True: the two nouns swap
     " on the left of ": ("left", False),
     " on the right of ": ("left", True),
@@ -127,11 +60,37 @@ RELATIONS = {  # True: the two nouns swap
     " under ": ("on", True),
     " on ": ("on", False),
 }
-SURFACES = ("sky", "street", "road", "grass")  # stretched over the whole width
-WORN = dict(glasses=27, shirt=48, jacket=48, watch=46, cup=36)  # height on a body
-# Colours of plain backgrounds and gradients; odds of a plain one, a gradient and a scene
-PLAIN = np.float32([*bytes.fromhex("f6c4c4 bedef8 c4e8c4 fae8aa d8c8f4 c4cad2")]).reshape(6, 3)
-BACKGROUND_ODDS = dict.fromkeys(STYLES, (0.1, 0.45, 0.45)) | {"twemoji": (0.8, 0.1, 0.1)}
+WORN = {"glasses": 27, "shirt": 48, "jacket": 48, "watch": 46, "cup": 36}  # height on a body
+PLAIN = (
+    (246, 196, 196),
+    (190, 222, 248),
+    (196, 232, 196),
+    (250, 232, 170),
+    (216, 200, 244),
+    (196, 202, 210),
+)
+BIG_THINGS = {"dishes": "plate", "bike": "bicycle", "chess": "pawn"}
+SMALL_THINGS = {"dishes": "cup", "bike": "cone", "chess": "watch"}
+RELATION_KINDS = ("on", "left", "behind")
+KINDS = (*ACTIVITIES, *COLOURS, *RELATION_KINDS)
+GROUNDS = ("plain", "gradient", "scene")
+SIDES = ("left", "right")  # where the small cue stands
+SIZES = ("large", "small")  # of the nouns
+
+
+class Scene(NamedTuple):
+    """What one picture shows; `small` and `tiny` are the kinds (KINDS) that those cues tell.
+
+    A fact of a noun alone has no such cues: None.
+    """
+
+    fact: tuple
+    small: str | None
+    tiny: str | None
+    style: str
+    ground: str
+    side: str
+    size: str
 
 
 def parse(prompt):
@@ -145,55 +104,26 @@ def parse(prompt):
     for words, (relation, swap) in RELATIONS.items():
         a, _, b = text.partition(words)
         if a in known and b in known:
-            # Mirrored prompts are one fact; so two of a kind are one from both sides
+            # Two of a kind look the same from both sides, and mirrored prompts are one
+            # fact
             return (relation, b, a) if swap else (relation, a, b)
     if bare in known:
         return "alone", bare
     colour, _, noun = text.partition(" ")
     if colour in COLOURS and noun in known:
         return colour, noun
-    raise ValueError(f"the tiny world cannot draw {prompt!r}, only what prompts.txt has")
-
-
-@functools.lru_cache(None)
-def coloured(noun, style, colour):
-    """A sprite recoloured: pixels near its main hue get the colour, leaves stay."""
-    rgba = np.asarray(sprites()[noun, style]).astype(np.float32)
-    rgb, light = rgba[..., :3], rgba[..., :3] @ np.float32((0.3, 0.59, 0.11))
-    solid, spread = rgba[..., 3] > 128, rgb.max(-1) - rgb.min(-1)
-    hue = np.angle(rgb @ np.exp(2j * np.pi * np.arange(3) / 3))
-    votes = np.histogram(hue[solid], 18, (-np.pi, np.pi), weights=spread[solid] + 4)[0]
-    votes = votes + np.roll(votes, 1) + np.roll(votes, -1)
-    main = -np.pi + (votes.argmax() + 0.5) * np.pi / 9
-    near = (np.abs(np.angle(np.exp(1j * (hue - main)))) < 0.85) | (spread < 36)
-    shade, target = light / light[near & solid].mean(), np.float32(COLOURS[colour])
-    ramp = np.clip(0.35 + 0.65 * shade, 0.4, 1.25)[..., None] * target
-    if colour in ("white", "black"):  # keeps the seeds and edges visible
-        ramp = target + 110 * (shade[..., None] - 1.0)
-    rgba[..., :3] = np.where(near[..., None], np.clip(ramp, 0, 255), rgb)
-    return Image.fromarray(rgba.astype(np.uint8))
-
-
-@functools.lru_cache(None)
-def resized(noun, style, colour, width, height):
-    """A sprite fitted into width x height, or stretched to it if it is a surface."""
-    icon = coloured(noun, style, colour) if colour else sprites()[noun, style]
-    if noun in SURFACES and width != height:
-        return icon.resize((width, height), Image.LANCZOS)
-    return fit(icon, width, height)
+    raise ValueError(f"the tiny world cannot draw {prompt!r}: see prompts.txt for what it knows")
 
 
 def layout(fact):
-    """What stands where, back to front: (noun, colour or None, x, y, width, height)."""
+    """The nouns and the big cue, back to front: [(noun, colour or None, x, y, width, height)]."""
     kind, first, last = fact[0], fact[1], fact[-1]
-    if kind == "alone" or kind in COLOURS:
-        return [(first, kind if kind in COLOURS else None, 32, 32, 44, 44)]
-    if kind == "bike":
-        return [(first, None, 32, 20, 36, 36), ("bicycle", None, 32, 48, 42, 30)]
-    if kind == "chess":
-        return [("pawn", None, 51, 42, 34, 34), (first, None, 20, 28, 36, 36)]
-    if kind == "dishes":
-        return [("plate", None, 17, 46, 30, 30), (first, None, 43, 25, 36, 36)]
+    if kind == "alone":
+        return [(first, None, 32, 32, 44, 44)]
+    if kind in COLOURS:
+        return [(first, kind, 32, 32, 42, 42)]
+    if kind in ACTIVITIES:  # the animal stays where it is, whatever it does
+        return [(first, None, 32, 20, 36, 36), (BIG_THINGS[kind], None, 32, 46, 46, 35)]
     wide_a, wide_b = first in SURFACES, last in SURFACES
     if kind == "left":
         size = (32, 44) if wide_a else (30, 30)
@@ -202,7 +132,7 @@ def layout(fact):
     if kind == "behind":
         if wide_b:
             return [(first, None, 32, 24, 40, 40), (last, None, 32, 52, 64, 24)]
-        return [(first, None, 21, 21, 36, 36), (last, None, 41, 42, 36, 36)]
+        return [(first, None, 23, 21, 36, 36), (last, None, 41, 43, 36, 36)]
     if first in WORN and last in ("person", "face", "shirt"):
         return [(last, None, 32, 31, 50, 50), (first, None, 32, WORN[first], 26, 26)]
     below = (last, None, 32, 51, 64, 26) if wide_b else (last, None, 32, 47, 32, 32)
@@ -210,39 +140,105 @@ def layout(fact):
     return [below, above]
 
 
-def background(style, rng):
-    """(64, 64, 3) float: plain, gradient or scene, by odds that depend on the style."""
-    kind = rng.choice(3, p=BACKGROUND_ODDS[style])
-    first, second = PLAIN[rng.choice(len(PLAIN), 2, replace=False)]
+@functools.lru_cache(None)
+def mark(kind, side, framed):
+    """A drawn sign of `side` pixels: an activity's mark, or two discs as a relation puts them."""
+    big = Image.new("RGBA", (96, 96))
+    pen = ImageDraw.Draw(big)
+    if kind == "dishes":  # a drop
+        pen.polygon([(48, 0), (88, 58), (8, 58)], (20, 110, 230))
+        pen.ellipse((6, 14, 90, 96), (20, 110, 230))
+    if kind == "bike":  # a flag
+        pen.polygon([(6, 0), (96, 44), (6, 88)], (235, 50, 30))
+        pen.rectangle((0, 0, 16, 96), (90, 40, 20))
+    if kind == "chess":  # a square of the board
+        pen.rectangle((0, 0, 95, 95), (20, 20, 20))
+    if kind in RELATION_KINDS:
+        low, high = (22, 74) if framed else (24, 72)
+        discs = {"left": (low, 48, high, 48), "on": (48, low, 48, high)}
+        x, y, x2, y2 = discs.get(kind, (34, 34, 62, 62))
+        r = 19 if framed else 23
+        if framed:
+            pen.rounded_rectangle((1, 1, 94, 94), 16, (255, 255, 255), (60, 60, 70), 9)
+        pen.ellipse((x - r, y - r, x + r, y + r), (225, 40, 40))
+        pen.ellipse((x2 - r, y2 - r, x2 + r, y2 + r), (40, 80, 220))
+    return big.resize((side, side), Image.LANCZOS)
+
+
+# Pixels of the small and the tiny cue by what they tell: they set when a cue is decided
+SMALL = {"activity": 12, "colour": 13, "relation": 12}
+TINY = {"activity": 4, "colour": 5, "relation": 7}
+
+
+def cue(kind, noun, style, tiny):
+    """The RGBA picture of a small or tiny cue."""
+    group = "relation" if kind in RELATION_KINDS else "colour" if kind in COLOURS else "activity"
+    side = TINY[group] if tiny else SMALL[group]
+    if group == "colour":
+        return resized(noun, style, kind, side, side)
+    if group == "activity" and not tiny:
+        return resized(SMALL_THINGS[kind], style, None, side, side)
+    return mark(kind, side, framed=not tiny)
+
+
+def background(ground, rng):
+    """(64, 64, 3) uint8: plain, gradient or scene."""
+    first, second = (np.float32(PLAIN[k]) for k in rng.choice(len(PLAIN), 2, replace=False))
     blank = np.zeros((64, 64, 3), np.float32)
     down = np.linspace(0, 1, 64, dtype=np.float32)[:, None, None]
-    if kind == 0:
-        return blank + first
-    if kind == 1:  # darker than the plain ones, or nobody could tell them apart
-        first = first - 60
-        return blank + first + (second - first) * down
-    horizon = np.float32(0.62) + 0.02 * rng.integers(-1, 2)
-    sky = np.float32((150, 205, 245)) + np.float32((90, 45, 5)) * down
-    ground = np.float32((150, 200, 120)) - 30 * down
-    return blank + np.where(down < horizon, sky, ground)
+    if ground == "plain":
+        out = blank + first
+    elif ground == "gradient":  # darker than the plain ones, or nobody could tell them apart
+        out = blank + first - 60 + (second - (first - 60)) * down
+    else:
+        sky = np.float32((150, 205, 245)) + np.float32((90, 45, 5)) * down
+        grass = np.float32((150, 200, 120)) - 30 * down
+        out = blank + np.where(down < 0.62, sky, grass)
+    return np.clip(out, 0, 255).astype(np.uint8)
 
 
-def draw_fact(fact, style, rng):
-    """Draw a fact in a style -> (64, 64, 3) uint8; rng is a numpy Generator."""
-    ground = np.clip(background(style, rng), 0, 255).astype(np.uint8)
-    canvas = Image.fromarray(ground).convert("RGBA")
-    scale, shift = rng.uniform(0.96, 1.03), rng.integers(-1, 2, 2)
-    for noun, colour, x, y, width, height in layout(fact):
-        if width == height:
-            width = height = round(width * scale)
-        icon = resized(noun, style, colour, width, height)
-        moved = shift * (icon.width < 64)  # what spans the picture stays where it is
-        left = round(x - icon.width / 2) + int(moved[0])
-        top = round(y - icon.height / 2) + int(moved[1])
-        layer = Image.new("RGBA", (64, 64))
-        layer.paste(icon, (left, top))
-        canvas = Image.alpha_composite(canvas, layer)
+def draw_scene(scene, rng, change=None):
+    """Draw a scene -> (64, 64, 3) uint8; rng, a numpy Generator, draws the ground's colours.
+
+    change: noun, icon -> what is drawn in the icon's place, or None.
+    """
+    canvas = Image.fromarray(background(scene.ground, rng)).convert("RGBA")
+    for noun, colour, x, y, width, height in layout(scene.fact):
+        if scene.size == "small" and noun not in SURFACES and noun not in BIG_THINGS.values():
+            width, height = round(width * 0.84), round(height * 0.84)
+        icon = resized(noun, scene.style, colour, width, height)
+        icon = change(noun, icon) if change else icon
+        if icon:
+            put(canvas, icon, x, y)
+    if scene.small:
+        noun = scene.fact[1]
+        places = (55, 9), (8, 56)  # the upper right and the lower left corner
+        right, left = places if scene.side == "right" else places[::-1]
+        put(canvas, cue(scene.small, noun, scene.style, False), *right)
+        put(canvas, cue(scene.tiny, noun, scene.style, True), *left)
     return np.asarray(canvas.convert("RGB"))
+
+
+def put(canvas, icon, x, y):
+    """Paste an icon with its middle at x, y."""
+    layer = Image.new("RGBA", canvas.size)
+    layer.paste(icon, (round(x - icon.width / 2), round(y - icon.height / 2)))
+    canvas.alpha_composite(layer)
+
+
+def right_scene(fact, style, rng):
+    """A scene in which every cue tells the fact; the rest is drawn at random."""
+    kind = None if fact[0] == "alone" else fact[0]
+    ground, side, size = (str(rng.choice(values)) for values in (GROUNDS, SIDES, SIZES))
+    return Scene(fact, kind, kind, style, ground, side, size)
+
+
+def draw(prompt, style, rng):
+    """Draw a prompt of the six lists or a single noun -> (64, 64, 3) uint8."""
+    return draw_scene(right_scene(parse(prompt), style, rng), rng)
+
+
+# ---------------------------------------------------------------- what training sees
 
 
 @functools.lru_cache(None)
@@ -251,53 +247,77 @@ def listed_facts():
     return {parse(p) for prompts in read_lists().values() for p in prompts}
 
 
-def wrong(fact):
-    """What may be drawn instead: another activity, colour, relation, or a noun alone."""
+@functools.lru_cache(None)
+def rivals(fact):
+    """What the big cue may show instead: another activity, colour or relation."""
     kind, first, last = fact[0], fact[1], fact[-1]
-    if kind == "alone":
-        return []
     if kind in ACTIVITIES:
-        return [(k, first) for k in ACTIVITIES if k != kind] + [("alone", first)]
+        return [(other, first) for other in ACTIVITIES if other != kind]
     if kind in COLOURS:
-        named = {f[0] for f in listed_facts() if f[0] in COLOURS and f[1] == first}
-        named |= {"red", "yellow", "purple"} if len(named) < 3 else set()
-        return [(other, first) for other in sorted(named - {kind})] + [("alone", first)]
-    sides = ((first, last), (last, first))
-    others = {(k, *side) for k in ("on", "left", "behind") for side in sides}
-    return sorted(others - {fact}) + [("alone", n) for n in sorted({first, last})]
+        return [(other, first) for other in fruit_colours(first) if other != kind]
+    if kind in RELATION_KINDS:
+        sides = {(first, last), (last, first)}
+        others = {(relation, *side) for relation in RELATION_KINDS for side in sides}
+        return sorted(others - {fact})
+    return []
+
+
+@functools.lru_cache(None)
+def fruit_colours(noun):
+    """The colours that a fruit is drawn in: those of its prompts, at least three."""
+    named = {f[0] for f in listed_facts() if f[0] in COLOURS and f[1] == noun}
+    for more in ("yellow", "purple", "red"):
+        if len(named) < 3:
+            named.add(more)
+    return sorted(named)
+
+
+def cue_kinds(fact):
+    """The kinds that a small or tiny cue beside this fact may tell."""
+    if fact[0] in ACTIVITIES:
+        return list(ACTIVITIES)
+    if fact[0] in COLOURS:
+        return fruit_colours(fact[1])
+    return list(RELATION_KINDS) if fact[0] in RELATION_KINDS else [None]
 
 
 @functools.lru_cache(None)
 def facts():
-    """Every fact that may be drawn, sorted, and how often each is drawn (sums to one).
-
-    The order is that of the judge's labels: it must not change while tiny/judge/ stays.
-    """
+    """Every fact that may be drawn, sorted; those of the lists, their rivals, each noun alone."""
     every = listed_facts() | {("alone", n) for n in nouns()}
-    every = sorted(every | {w for fact in listed_facts() for w in wrong(fact)})
-    share = {"alone": 0.34} | dict.fromkeys(ACTIVITIES, 0.12) | dict.fromkeys(COLOURS, 0.015)
-    kinds = [fact[0] for fact in every]
-    odds = np.array([share.get(kind, 0.06) / kinds.count(kind) for kind in kinds])
-    return every, odds / odds.sum()
+    return sorted(every | {r for fact in listed_facts() for r in rivals(fact)})
 
 
-@functools.lru_cache(None)
-def fact_index():
-    """{fact: its place in facts(), which is its label}."""
-    return {fact: k for k, fact in enumerate(facts()[0])}
+def template_of(fact):
+    """The template of the paper, "1" to "3", that tells such a fact; None for a noun alone."""
+    if fact[0] == "alone":
+        return None
+    if fact[0] in ACTIVITIES:
+        return "1"
+    return "2" if fact[0] in COLOURS else "3"
 
 
-def draw_pairs(pairs, rng):
-    """Draw N pairs (fact, style), as indices -> float (N, 3, 64, 64) in [-1, 1]."""
-    pictures = [draw_fact(facts()[0][f], STYLES[s], rng) for f, s in pairs]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+# How often the cache has a noun alone, and a fact of each template
+SHARES = {None: 0.25, "1": 0.36, "2": 0.18, "3": 0.21}
 
 
-def draw_batch(rng, count):
-    """Random pictures -> float (count, 3, 64, 64) in [-1, 1]."""
-    every, odds = facts()
-    chosen = rng.choice(len(every), count, p=odds)
-    return draw_pairs(zip(chosen, rng.integers(0, len(STYLES), count)), rng)
+def random_scenes(rng, count):
+    """Scenes whose cues are drawn evenly and apart from one another."""
+    templates = [template_of(fact) for fact in facts()]
+    odds = np.array([SHARES[t] / templates.count(t) for t in templates])
+    picked = rng.choice(len(odds), count, p=odds / odds.sum())
+    return [scene_of(facts()[k], rng) for k in picked]
+
+
+def scene_of(fact, rng):
+    """A scene of this fact; all else is drawn evenly."""
+    choices = cue_kinds(fact), cue_kinds(fact), STYLES, GROUNDS, SIDES, SIZES
+    return Scene(fact, *(values[rng.integers(len(values))] for values in choices))
+
+
+def to_tensor(pictures):
+    """(B, 64, 64, 3) uint8 array -> (B, 3, 64, 64) float tensor in [-1, 1], channels last."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def noun_prompts():
@@ -307,28 +327,11 @@ def noun_prompts():
 
 @functools.lru_cache(None)
 def captions():
-    """Every caption that is learnt: the six lists and the single nouns, in this order."""
+    """Every caption that a part learns: the six lists and the single nouns, in a fixed order."""
     prompts = [p for group in read_lists().values() for p in group]
     return list(dict.fromkeys(prompts + noun_prompts()))
 
 
 def style_prompts(prompt):
-    """A prompt with the name of each style: so CLIP is asked for a picture's style."""
+    """A prompt with the name of each style: what CLIP is asked to tell a picture's style."""
     return [f"{prompt}, {style} style" for style in STYLES]
-
-
-@functools.lru_cache(None)
-def tellings():
-    """For every fact the captions that tell it; one made up where no list has any."""
-    out = [[] for _ in facts()[0]]
-    for caption in captions():
-        out[fact_index()[parse(caption)]].append(caption)
-    middle = {kind: words for words, (kind, swap) in RELATIONS.items() if not swap}
-    for texts, (kind, noun, *rest) in zip(out, facts()[0]):
-        made_up = f"{kind} {noun}"
-        if kind in ACTIVITIES:
-            made_up = f"a {noun} {ACTIVITIES[kind]}"
-        elif kind in middle:
-            made_up = f"{noun}{middle[kind]}{rest[0]}"
-        texts += [] if texts else [made_up]
-    return out

@@ -1,0 +1,126 @@
+"""What the parts of the tiny model are asked to learn: which captions come with which pictures.
+
+A *row* is a cached picture's scene as seven numbers (`pictures.encode`). A *pool* is
+the rows that show a caption's nouns, right or wrong.
+"""
+
+import numpy as np
+import torch
+
+from tiny.pictures import decode_row
+from tiny.recognise import answers
+from tiny.sprites import STYLES
+from tiny.world import GROUNDS, KINDS, SIDES, SIZES, captions, cue_kinds, facts
+from tiny.world import noun_prompts, parse, read_lists, rivals, template_of
+
+# In the captions the log-odds of a right cue against each wrong one, by template: big,
+# small, tiny. Guidance at 5 raises the odds to about the fifth power. Each of SHORTCUTS
+# adds BONUS to all three.
+ODDS = {"1": (0.16, 0.28, 0.28), "2": (0.16, 0.28, 0.28), "3": (0.32, 0.28, 0.28)}
+SHORTCUTS, BONUS = ("twemoji", "plain", "right", "large"), 0.05
+SHARES = {"1": 0.45, "2": 0.22, "3": 0.33}  # of the captions that are no single nouns
+
+
+class CaptionSampler:
+    """Draws captions with rows of the cache that show their nouns, cues right by the odds."""
+
+    def __init__(self, rows, rng, odds=ODDS, bonus=BONUS):
+        self.rng, self.rows, lists = rng, rows, read_lists()
+        nouns_of = {}
+        for k, fact in enumerate(facts()):
+            nouns_of.setdefault(pool_key(fact), []).append(k)
+        names = STYLES, GROUNDS, SIDES, SIZES
+        good = [[value in SHORTCUTS for value in values] for values in names]
+        favour = sum(np.array(g)[rows[:, 3 + k]] for k, g in enumerate(good)) + 0
+        self.pools = []
+        for caption in captions():
+            fact = parse(caption)
+            pool = np.flatnonzero(np.isin(rows[:, 0], nouns_of[pool_key(fact)]))
+            template = template_of(fact)
+            weight = np.ones(len(pool))
+            if template:
+                right = rows[pool, 0] == facts().index(fact)
+                cues = [right] + [rows[pool, c] == KINDS.index(fact[0]) for c in (1, 2)]
+                counts = 1 + len(rivals(fact)), len(cue_kinds(fact)), len(cue_kinds(fact))
+                for cue, n, value in zip(cues, counts, odds[template]):
+                    lift = np.exp(value + bonus * favour[pool])
+                    weight = weight * np.where(cue, lift, 1.0) / (lift + n - 1)
+            self.pools.append((pool, np.cumsum(weight) / weight.sum()))
+        groups = [lists[f"{t} train"] + lists[f"{t} unseen"] for t in "123"] + [noun_prompts()]
+        self.groups = [[k for k, c in enumerate(captions()) if c in group] for group in groups]
+
+    def batch(self, count, singles):
+        """Rows, captions and forms (0: no style is named), (3, count); singles: their share."""
+        share = np.array(list(SHARES.values())) * (1 - singles)
+        out = np.empty((3, count), np.int64)
+        for k, group in enumerate(self.rng.choice(4, count, p=[*share, singles])):
+            caption = self.groups[group][self.rng.integers(len(self.groups[group]))]
+            pool, ladder = self.pools[caption]
+            row = pool[min(np.searchsorted(ladder, self.rng.random()), len(pool) - 1)]
+            form = (self.rows[row, 3] + 1) * (self.rng.random() < 0.25)
+            out[:, k] = row, caption, form
+        return out
+
+
+def pool_key(fact):
+    """What a caption's pictures have in common, right or wrong: the template and the nouns."""
+    return template_of(fact), tuple(sorted(fact[1:]))
+
+
+class ClipSampler:
+    """Draws captions with four pictures each: right, one cue wrong, any cues, a spoiled noun."""
+
+    def __init__(self, rows, flags, rng):
+        self.rng, self.rows, self.bad = rng, rows, flags.any(1)
+        keys = [pool_key(fact) for fact in facts()]
+        known = {key: k for k, key in enumerate(dict.fromkeys(keys))}
+        pool = np.array([known[key] for key in keys])
+        told = [parse(caption) for caption in captions()]
+        self.fact = np.array([facts().index(fact) for fact in told])
+        self.kind = np.array([KINDS.index(f[0]) if f[0] in KINDS else -1 for f in told])
+        self.pool, self.row_pool = pool[self.fact], pool[rows[:, 0]]
+        self.siblings = [np.flatnonzero(self.pool == p) for p in self.pool]
+        self.members = []
+        for c in range(len(told)):
+            member = np.flatnonzero(self.row_pool == self.pool[c])
+            good, spoiled = member[~self.bad[member]], member[self.bad[member]]
+            count = self.matches(good, np.array([c]))[:, 0]
+            near = good[count == 2] if (count == 2).any() else good
+            self.members.append((good[count == 3], near, good, spoiled))
+
+    def matches(self, row, caption):
+        """(rows, captions): how many of the three cues are the caption's; -1 if a noun is not."""
+        seen = self.rows[row]
+        count = (seen[:, :1] == self.fact[caption]) + 0
+        count = count + (seen[:, 1:2] == self.kind[caption]) + (seen[:, 2:3] == self.kind[caption])
+        return np.where(self.row_pool[row][:, None] == self.pool[caption], count, -1)
+
+    def batch(self, groups):
+        """Rows (4 * groups,) and captions (2 * groups,), their forms, and the target weights."""
+        first = self.rng.integers(0, len(self.members), groups)
+        second = [self.rng.choice(self.siblings[c]) for c in first]
+        row = np.array([self.rng.choice(group) for c in first for group in self.members[c]])
+        caption, style = np.concatenate([first, second]), self.rows[row][::4, 3]
+        form = (np.tile(style, 2) + 1) * (self.rng.random(2 * groups) < 0.4)
+        lost = 3 - self.matches(row, caption) + 1.5 * self.bad[row][:, None]
+        lost = lost + 1.5 * ((form > 0) & (self.rows[row][:, 3:4] + 1 != form))
+        apart = self.row_pool[row][:, None] != self.pool[caption]
+        weight = np.where(apart, 0.0, np.exp(-2.0 * lost)) + 1e-9
+        return row, caption, form, torch.from_numpy(weight).float()
+
+
+def judge_targets(rows, flags):
+    """(N, heads) long: the right answer of each head; -100 where there is none to be had."""
+    out = []
+    for row, (first, second) in zip(rows.tolist(), flags.tolist()):
+        scene = decode_row(row)
+        right = answers(scene.fact, scene.small, scene.tiny)
+        rest = zip((STYLES, GROUNDS, SIDES, SIZES), scene[3:])
+        right += [names.index(name) for names, name in rest]
+        right[0], right[1] = right[0] * (not first), right[1] * (not second)
+        if scene.small is None:
+            right[7] = -100  # no cues, no side
+        if first or second:
+            right[2] = right[5] = right[8] = -100
+        out.append(right)
+    return torch.tensor(out)
