@@ -193,6 +193,8 @@ ORDER = (
     ("tiny/build.py",),
     ("tiny/bars.py",),
     ("tiny/networks.py",),
+    ("tiny/samplers.py",),
+    ("tiny/pictures.py", "tiny/training.py"),
     ("train.py",),
     ("eval.py",),
     ("rewards.py",),
@@ -205,6 +207,7 @@ ORDER = (
     ("processes.py",),
     ("tiny/recognise.py",),
     ("tiny/world.py",),
+    ("tiny/sprites.py",),
     ("b2rl.py", "ddim_logprob.py", "lora.py"),
 )
 

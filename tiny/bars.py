@@ -183,14 +183,12 @@ def shortcuts(row, judge, images, right, template):
         picked = heads[name].argmax(1)
         counts = torch.bincount(picked, minlength=len(HEADS[name])).float()
         rates = [right[picked == k].float().mean().item() for k in range(len(counts))]
-        text = ", ".join(
-            f"{v} {100 * r:.0f} of {n:.0f}" for v, r, n in zip(HEADS[name], rates, counts)
-        )
-        print(f"    recognised, %: {text}", flush=True)
+        found = zip(HEADS[name], rates, counts)
+        shown = ", ".join(f"{value} {100 * rate:.0f} of {n:.0f}" for value, rate, n in found)
+        print(f"    recognised, %: {shown}", flush=True)
         best = max((rate for rate, n in zip(rates, counts) if n > 10), default=0.0)
-        row(
-            f"5 best {name} over all, template {template}", best / max(base, 1e-9), len(right), 0, 2
-        )
+        lift = best / max(base, 1e-9)
+        row(f"5 best {name} over all, template {template}", lift, len(right), 0, 2)
         if name == "style":
             share = counts / counts.sum()
             entropy = -(share * share.clamp(min=1e-9).log()).sum().item()

@@ -75,10 +75,10 @@ def train_ae(args):
         share = 0.5 if train.done < 4000 else 0.05
         x = to_tensor(mixed_pictures(train.rng, 8, share))
         x = x.to(args.device, memory_format=torch.channels_last)
-        level = (0.02 + 0.12 * torch.rand(())) * torch.rand(8, 1, 1, 1)
+        level = (0.02 + 0.12 * torch.rand(())) * torch.rand(8, 1, 1, 1).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
             z = vae.encode(x).latent_dist.mean
-            y = vae.decode(z + level.to(z) * torch.randn_like(z)).sample
+            y = vae.decode(z + level * torch.randn_like(z)).sample
         error, z = y.float() - x, z.float()
         l2 = error.square().mean()
         spread = (z.std((0, 2, 3)) - 1).square().mean() + z.mean((0, 2, 3)).square().mean()
@@ -110,9 +110,7 @@ def train_unet(args):
         z = latents[rows].float() * vae.config.scaling_factor
         z = z.to(args.device, memory_format=torch.channels_last)
         tokens = torch.where(torch.rand(64, 1) < 0.1, empty, ids[caption, form])
-        # half from the noise levels at which a picture takes shape
-        t = torch.cat([torch.randint(0, 1000, (32,)), torch.randint(250, 900, (32,))])
-        t, noise = t.to(args.device), torch.randn_like(z)
+        t, noise = torch.randint(0, 1000, (64,), device=args.device), torch.randn_like(z)
         a = alpha[t].view(-1, 1, 1, 1)
         with torch.autocast(args.device, torch.bfloat16):
             states = text(input_ids=tokens.to(args.device))[0]
@@ -157,8 +155,8 @@ def train_clip(args):
     for _ in train.loop():
         rows, caption, form, weight = sampler.batch(32)
         weight = weight.to(args.device)
-        x = augment(pictures[rows].to(args.device) / 255)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = pictures[rows].to(args.device, memory_format=torch.channels_last)
+        x = augment(x / 255)
         with torch.autocast(args.device, torch.bfloat16):
             image = model.encode_image(x * 2 - 1)
             text = model.encode_text(ids[caption, form].to(args.device))
@@ -183,8 +181,8 @@ def train_judge(args):
     train = Trainer("judge", {"judge": model}, args, 2e-3, decay=0.05)
     for _ in train.loop():
         rows = train.rng.integers(0, len(pictures), 64)
-        x = augment(pictures[rows].to(args.device) / 255)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = pictures[rows].to(args.device, memory_format=torch.channels_last)
+        x = augment(x / 255)
         with torch.autocast(args.device, torch.bfloat16):
             heads = split_heads(model(x * 2 - 1).logits.float())
         wanted = targets[rows].to(args.device)

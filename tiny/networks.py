@@ -59,8 +59,7 @@ def new_judge():
     """A plain ResNet whose logits are the HEADS, side by side."""
     labels = [f"{head}: {name}" for head, names in HEADS.items() for name in names]
     size = dict(embedding_size=24, hidden_sizes=[32, 64, 128, 256], depths=[1, 2, 2, 1])
-    size |= dict(id2label=dict(enumerate(labels)), label2id={v: k for k, v in enumerate(labels)})
-    config = ResNetConfig(layer_type="basic", **size)
+    config = ResNetConfig(layer_type="basic", id2label=dict(enumerate(labels)), **size)
     config.calibration = 1.0  # the temperature of its logits
     return ResNetForImageClassification(config)
 

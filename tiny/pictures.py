@@ -11,8 +11,8 @@ from PIL import Image, ImageFilter
 
 from files import read_safetensors, write_safetensors
 from tiny.sprites import COLOURS, STYLES, coloured, nouns, sprites
-from tiny.world import GROUNDS, KINDS, PLAIN, SIDES, SIZES, Scene, captions, draw_scene, facts
-from tiny.world import parse, random_scenes, right_scene, to_tensor
+from tiny.world import KINDS, PLAIN, TRAITS, Scene, captions, draw_scene, facts, parse
+from tiny.world import random_scenes, right_scene, to_tensor
 
 CHUNK = 3000
 
@@ -69,22 +69,18 @@ def encode(scenes):
     """Scenes -> (N, 7) int16: fact, small, tiny, style, ground, side, size; no cue is -1."""
     index = {fact: k for k, fact in enumerate(facts())}
     kinds = {None: -1} | {kind: k for k, kind in enumerate(KINDS)}
-    rest = STYLES, GROUNDS, SIDES, SIZES
-    return np.array(
-        [
-            (index[s.fact], kinds[s.small], kinds[s.tiny])
-            + tuple(names.index(v) for names, v in zip(rest, s[3:]))
-            for s in scenes
-        ],
-        np.int16,
-    )
+    rows = []
+    for scene in scenes:
+        traits = [values.index(value) for values, value in zip(TRAITS, scene[3:])]
+        rows.append([index[scene.fact], kinds[scene.small], kinds[scene.tiny], *traits])
+    return np.array(rows, np.int16)
 
 
 def decode_row(row):
     """The scene of a row of `encode`."""
     small, tiny = (KINDS[k] if k >= 0 else None for k in row[1:3])
-    rest = (names[k] for names, k in zip((STYLES, GROUNDS, SIDES, SIZES), row[3:]))
-    return Scene(facts()[row[0]], small, tiny, *rest)
+    traits = (values[k] for values, k in zip(TRAITS, row[3:]))
+    return Scene(facts()[row[0]], small, tiny, *traits)
 
 
 def spoil(icon, how, rng):

@@ -9,9 +9,8 @@ import torch
 
 from tiny.pictures import decode_row
 from tiny.recognise import answers
-from tiny.sprites import STYLES
-from tiny.world import GROUNDS, KINDS, SIDES, SIZES, captions, cue_kinds, facts
-from tiny.world import noun_prompts, parse, read_lists, rivals, template_of
+from tiny.world import KINDS, TRAITS, captions, cue_kinds, facts, noun_prompts, parse
+from tiny.world import read_lists, rivals, template_of
 
 # In the captions the log-odds of a right cue against each wrong one, by template: big,
 # small, tiny. Guidance at 5 raises the odds to about the fifth power. Each of SHORTCUTS
@@ -29,9 +28,8 @@ class CaptionSampler:
         nouns_of = {}
         for k, fact in enumerate(facts()):
             nouns_of.setdefault(pool_key(fact), []).append(k)
-        names = STYLES, GROUNDS, SIDES, SIZES
-        good = [[value in SHORTCUTS for value in values] for values in names]
-        favour = sum(np.array(g)[rows[:, 3 + k]] for k, g in enumerate(good)) + 0
+        good = [np.array([value in SHORTCUTS for value in values]) for values in TRAITS]
+        favour = sum(g[rows[:, 3 + k]] for k, g in enumerate(good)) + 0
         self.pools = []
         for caption in captions():
             fact = parse(caption)
@@ -114,9 +112,7 @@ def judge_targets(rows, flags):
     out = []
     for row, (first, second) in zip(rows.tolist(), flags.tolist()):
         scene = decode_row(row)
-        right = answers(scene.fact, scene.small, scene.tiny)
-        rest = zip((STYLES, GROUNDS, SIDES, SIZES), scene[3:])
-        right += [names.index(name) for names, name in rest]
+        right = answers(scene.fact, scene.small, scene.tiny) + row[3:]
         right[0], right[1] = right[0] * (not first), right[1] * (not second)
         if scene.small is None:
             right[7] = -100  # no cues, no side

@@ -19,7 +19,6 @@ STYLES = ("noto", "twemoji", "fluent")
 PACKAGES = {"noto": "noto", "twemoji": "twemoji", "fluent": "fluent-emoji-flat"}
 CELL, COLUMNS = 48, 24  # of the sheet of sprites: a sprite's side, sprites a row
 
-
 COLOURS = {
     "red": (226, 40, 44), "green": (72, 165, 62), "yellow": (252, 208, 44),
     "brown": (134, 82, 44), "orange": (252, 138, 28), "purple": (132, 66, 178),

@@ -91,7 +91,8 @@ class Trainer:
             kind, _, name = key.partition(".")  # AdamW wants its step on the CPU
             groups[kind][name] = value.to("cpu" if kind == "step" else self.args.device)
         self.modules.load_state_dict(groups.pop("live"))
-        self.mean = groups.pop("mean")
+        mean = groups.pop("mean")
+        self.mean = {k: mean[k] for k in self.mean}
         self.done, self.seconds = header["steps"], header["seconds"]
         for name, p in self.params.items():
             state = {kind: group[name] for kind, group in groups.items() if name in group}

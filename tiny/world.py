@@ -62,13 +62,9 @@ RELATIONS = {  # True: the two nouns swap
 }
 WORN = {"glasses": 27, "shirt": 48, "jacket": 48, "watch": 46, "cup": 36}  # height on a body
 PLAIN = (
-    (246, 196, 196),
-    (190, 222, 248),
-    (196, 232, 196),
-    (250, 232, 170),
-    (216, 200, 244),
-    (196, 202, 210),
-)
+    (246, 196, 196), (190, 222, 248), (196, 232, 196),
+    (250, 232, 170), (216, 200, 244), (196, 202, 210),
+)  # fmt: skip
 BIG_THINGS = {"dishes": "plate", "bike": "bicycle", "chess": "pawn"}
 SMALL_THINGS = {"dishes": "cup", "bike": "cone", "chess": "watch"}
 RELATION_KINDS = ("on", "left", "behind")
@@ -76,6 +72,7 @@ KINDS = (*ACTIVITIES, *COLOURS, *RELATION_KINDS)
 GROUNDS = ("plain", "gradient", "scene")
 SIDES = ("left", "right")  # where the small cue stands
 SIZES = ("large", "small")  # of the nouns
+TRAITS = STYLES, GROUNDS, SIDES, SIZES  # what the last four entries of a Scene may be
 
 
 class Scene(NamedTuple):
@@ -104,8 +101,7 @@ def parse(prompt):
     for words, (relation, swap) in RELATIONS.items():
         a, _, b = text.partition(words)
         if a in known and b in known:
-            # Two of a kind look the same from both sides, and mirrored prompts are one
-            # fact
+            # Mirrored prompts are one fact
             return (relation, b, a) if swap else (relation, a, b)
     if bare in known:
         return "alone", bare
@@ -165,18 +161,17 @@ def mark(kind, side, framed):
     return big.resize((side, side), Image.LANCZOS)
 
 
-# Pixels of the small and the tiny cue by what they tell: they set when a cue is decided
-SMALL = {"activity": 12, "colour": 13, "relation": 12}
-TINY = {"activity": 4, "colour": 5, "relation": 7}
+# Pixels of the small and the tiny cue by template: they set when a cue is decided
+SMALL, TINY = {"1": 12, "2": 13, "3": 12}, {"1": 4, "2": 5, "3": 7}
 
 
-def cue(kind, noun, style, tiny):
-    """The RGBA picture of a small or tiny cue."""
-    group = "relation" if kind in RELATION_KINDS else "colour" if kind in COLOURS else "activity"
-    side = TINY[group] if tiny else SMALL[group]
-    if group == "colour":
-        return resized(noun, style, kind, side, side)
-    if group == "activity" and not tiny:
+def cue(fact, kind, style, tiny):
+    """The RGBA picture of a small or tiny cue beside this fact."""
+    template = template_of(fact)
+    side = TINY[template] if tiny else SMALL[template]
+    if template == "2":
+        return resized(fact[1], style, kind, side, side)
+    if template == "1" and not tiny:
         return resized(SMALL_THINGS[kind], style, None, side, side)
     return mark(kind, side, framed=not tiny)
 
@@ -211,11 +206,10 @@ def draw_scene(scene, rng, change=None):
         if icon:
             put(canvas, icon, x, y)
     if scene.small:
-        noun = scene.fact[1]
         places = (55, 9), (8, 56)  # the upper right and the lower left corner
         right, left = places if scene.side == "right" else places[::-1]
-        put(canvas, cue(scene.small, noun, scene.style, False), *right)
-        put(canvas, cue(scene.tiny, noun, scene.style, True), *left)
+        put(canvas, cue(scene.fact, scene.small, scene.style, False), *right)
+        put(canvas, cue(scene.fact, scene.tiny, scene.style, True), *left)
     return np.asarray(canvas.convert("RGB"))
 
 
@@ -229,8 +223,7 @@ def put(canvas, icon, x, y):
 def right_scene(fact, style, rng):
     """A scene in which every cue tells the fact; the rest is drawn at random."""
     kind = None if fact[0] == "alone" else fact[0]
-    ground, side, size = (str(rng.choice(values)) for values in (GROUNDS, SIDES, SIZES))
-    return Scene(fact, kind, kind, style, ground, side, size)
+    return Scene(fact, kind, kind, style, *(str(rng.choice(values)) for values in TRAITS[1:]))
 
 
 def draw(prompt, style, rng):
@@ -245,21 +238,6 @@ def draw(prompt, style, rng):
 def listed_facts():
     """The facts that the prompts of the six lists tell."""
     return {parse(p) for prompts in read_lists().values() for p in prompts}
-
-
-@functools.lru_cache(None)
-def rivals(fact):
-    """What the big cue may show instead: another activity, colour or relation."""
-    kind, first, last = fact[0], fact[1], fact[-1]
-    if kind in ACTIVITIES:
-        return [(other, first) for other in ACTIVITIES if other != kind]
-    if kind in COLOURS:
-        return [(other, first) for other in fruit_colours(first) if other != kind]
-    if kind in RELATION_KINDS:
-        sides = {(first, last), (last, first)}
-        others = {(relation, *side) for relation in RELATION_KINDS for side in sides}
-        return sorted(others - {fact})
-    return []
 
 
 @functools.lru_cache(None)
@@ -279,6 +257,16 @@ def cue_kinds(fact):
     if fact[0] in COLOURS:
         return fruit_colours(fact[1])
     return list(RELATION_KINDS) if fact[0] in RELATION_KINDS else [None]
+
+
+@functools.lru_cache(None)
+def rivals(fact):
+    """What the big cue may show instead: another activity, colour or relation."""
+    if fact[0] == "alone":
+        return []
+    sides = {fact[1:], fact[:0:-1]}  # of a relation the nouns may swap, too
+    others = {(kind, *side) for kind in cue_kinds(fact) for side in sides}
+    return sorted(others - {fact})
 
 
 @functools.lru_cache(None)
@@ -311,7 +299,7 @@ def random_scenes(rng, count):
 
 def scene_of(fact, rng):
     """A scene of this fact; all else is drawn evenly."""
-    choices = cue_kinds(fact), cue_kinds(fact), STYLES, GROUNDS, SIDES, SIZES
+    choices = cue_kinds(fact), cue_kinds(fact), *TRAITS
     return Scene(fact, *(values[rng.integers(len(values))] for values in choices))
 
 
