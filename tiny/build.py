@@ -39,7 +39,7 @@ from tiny.bars import check
 from tiny.pictures import decode_latents, encode_pictures, make_decoded, make_latents
 from tiny.pictures import mixed_pictures, read_chunks
 from tiny.recognise import answers, split_heads
-from tiny.samplers import CaptionSampler, ClipSampler, judge_targets
+from tiny.samplers import STRONG, CaptionSampler, ClipSampler, judge_targets
 from tiny.sprites import HOME, render_sprites
 from tiny.training import Trainer
 from tiny.world import draw_scene, random_scenes, to_tensor
@@ -92,7 +92,11 @@ def train_ae(args):
 
 
 def train_unet(args):
-    """Predicts epsilon, with min-SNR-5 weights and 10 % empty captions."""
+    """Predicts epsilon, with min-SNR-5 weights and 10 % empty captions.
+
+    For 60 % of the steps the captions' odds are STRONG: so the UNet learns which cue goes
+    with which word. Then they are ODDS, which are so weak that they would take long alone.
+    """
     vae = load_vae(args)
     make_latents(args, vae, LATENTS)
     latents, scenes = read_chunks(args, "latents", "latents", "rows")
@@ -101,11 +105,13 @@ def train_unet(args):
     unet, text = networks.new_unet(), networks.new_text_encoder(len(tokenizer))
     unet.set_attn_processor(AttnProcessor())  # torch's fused CPU backward is slow here
     train = Trainer("unet", {"unet": unet, "text": text}, args, 3e-3, keep=0.9995)
-    sampler = CaptionSampler(scenes.numpy(), train.rng)
+    strong = CaptionSampler(scenes.numpy(), train.rng, STRONG)
+    weak = CaptionSampler(scenes.numpy(), train.rng)
     alpha = networks.new_scheduler().alphas_cumprod.to(args.device)
     snr = LATENT_STD**2 * alpha / (1 - alpha)
     for _ in train.loop():
         singles = 0.25 + 0.35 * max(0, 1 - 3 * train.done / args.steps)
+        sampler = strong if train.done < 0.6 * args.steps else weak
         rows, caption, form = sampler.batch(64, singles)
         z = latents[rows].float() * vae.config.scaling_factor
         z = z.to(args.device, memory_format=torch.channels_last)

@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
 
 
 # Matrices that touch pixels, words or classes get AdamW, as all vectors do
-OUTER = ("conv_in", "conv_out", "quant_conv", "embedding", "logit", "classifier", "pos")
+OUTER = ("conv_in", "conv_out", "quant_conv", "embedding", "logit", "classifier", "pos", "attnpool")
 
 
 class Trainer:
