@@ -33,7 +33,7 @@ from prompts import load_prompts
 from rewards import load_reward
 from studies.common import markdown
 
-OWN = "--model=tiny --out=runs/gradient-signal --queries=640 --tau0=20 --skip-last=0"
+OWN = "--model=tiny --out=runs/gradient-signal --queries=640 --tau0=20"
 RANGES = ((1, 2), (3, 6), (7, 9), (10, 12), (13, 15), (16, 17), (18, 20))  # steps t
 RANGES += ((3, 20), (10, 20), (16, 20), (1, 7), (8, 14), (15, 20), (1, 20))
 
@@ -82,7 +82,7 @@ def sample(cfg, model):
     """Round 0 as `train.algorithm_1` samples it: states x, prompts, scores (P, K)."""
     prompts, _ = load_prompts(cfg.template, cfg.prompts)
     reward = load_reward(cfg.reward, model.tiny, model.device, DTYPES[cfg.precision])
-    start, stop = training_interval(cfg.tau0, cfg.T, cfg.interval, cfg.skip_last)
+    start, stop = training_interval(cfg.tau0, cfg.T, cfg.interval)
     names, own = train.draw_roots(prompts, cfg, 0, 0, 1)
     roots = [(cfg.seed, 0, p) for p in own.tolist()]
     x_T = model.noise([(*root, "x_T") for root in roots])
@@ -100,7 +100,7 @@ def signal(cfg):
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     model = load_model(cfg, torch.device(cfg.device))
     inject_lora(model.unet, cfg.rank, seed=cfg.seed)
-    start, stop = training_interval(cfg.tau0, cfg.T, cfg.interval, cfg.skip_last)
+    start, stop = training_interval(cfg.tau0, cfg.T, cfg.interval)
     x, names, scores = sample(cfg, model)
     vectors = score_vectors(model, x, start, names, cfg.micro_batch)
     r_hat = RewardNormaliser(cfg.window, cfg.min_count)(0, names, scores)

@@ -34,7 +34,7 @@ RESULTS = ROOT / "results"
 
 # Of every run: the tiny model's own settings but for rounds, evaluation and threads
 COMMON = dict(model="tiny", reward="clip", rounds=10, queries=200, update_size=32)
-COMMON |= dict(epochs=1, tau0=18, skip_last=13, threshold=0.5, clip_range=3e-3)
+COMMON |= dict(epochs=1, tau0=18, threshold=0.5, clip_range=3e-3)
 COMMON |= dict(eval_images=1, threads=1)
 BRANCHES = 4  # of the methods with BS; it divides queries, so every row has as many
 # Chosen by the grid: the largest gain in CLIPScore on the training list, for vanilla and
@@ -51,7 +51,7 @@ METHODS = {
     # accumulates four times as much; TempFlow-GRPO's claim: from the noise, 20..18 first
     "bpt-bs-3epochs": dict(epochs=3),
     "vanilla-update128": dict(no_bpt=True, no_bs=True, update_size=128),
-    "forward-bs": dict(interval="forward", tau0=3, skip_last=0),
+    "forward-bs": dict(interval="forward", tau0=3),
 }
 TWO = ("vanilla", "bpt-bs")
 # Algorithm, template, methods; what BPT+BS gains over vanilla in the paper: CLIPScore on

@@ -548,7 +548,7 @@ def test_every_row_has_flags_that_exist_equal_queries_and_updates(tmp_path, monk
                 args = study.parser().parse_args(argv)
                 drawn.append((name, evaluation.fill_in(args)))
     own = {k for more in matrix.METHODS.values() for k in more} - {"no_bpt", "no_bs", "interval"}
-    assert own == {"epochs", "tau0", "skip_last", "update_size"}
+    assert own == {"epochs", "tau0", "update_size"}
     for c in configs:  # equal queries a run and trajectories an update, whatever the method
         assert c["queries"] % c["branches"] == 0
         assert c["branches"] == (1 if c["no_bs"] else matrix.BRANCHES)
