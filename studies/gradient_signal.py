@@ -11,9 +11,10 @@ independent (but for r_hat's mean and std), so the mean of g_p . g_q over p != q
     25 * mean(g_p . g_q) / mean(|g_p|^2)
 
 the squared signal-to-noise ratio of 25 roots: at 1 their gradient is half signal, at 0.01
-that takes 2,500 roots. +- is a standard error if there is no signal. The gradient is that
-of LoRA's `up` weights; that of `down` is 0 at the start. 2 bytes a query, step and weight
-are kept: 10 GB for Stable Diffusion at 640 queries and 20 steps. [ours]
+that takes 2,500 roots. +- is a standard error if there is no signal. Steps are weighted as
+--step-weight says; the RMS is measured on the first half of the roots, the shares of g^2 on
+the other. The gradient is that of LoRA's `up` weights; that of `down` is 0 at the start. Two
+bytes a query, step and weight are kept: 10 GB for Stable Diffusion at 640 queries. [ours]
 """
 
 import sys
@@ -24,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import train
-from b2rl import RewardNormaliser, select_all, select_pairs, training_interval
-from ddim_logprob import log_prob
+from b2rl import RewardNormaliser, StepWeights, select_all, select_pairs, training_interval
+from ddim_logprob import log_prob, step_factor
 from eval import guarded
 from lora import inject_lora, lora_layers
 from model import DTYPES, load_model
@@ -91,8 +92,8 @@ def sample(cfg, model):
     keys = [[(*root, k) for k in range(cfg.branches)] for root in roots]
     x, _ = model.branch(x_tau, start, stop, names, keys)
     x_0 = model.finish(x[:, :, -1], stop, names, keys)
-    scores, _ = train.score(model, reward, x_0, names, own, len(own), cfg.branches)
-    return x, names, scores
+    scored = train.score(model, reward, None, x_0, names, own, len(own), cfg.branches)
+    return x, names, scored[0]
 
 
 def signal(cfg):
@@ -103,6 +104,10 @@ def signal(cfg):
     start, stop = training_interval(cfg.tau0, cfg.T, cfg.interval)
     x, names, scores = sample(cfg, model)
     vectors = score_vectors(model, x, start, names, cfg.micro_batch)
+    half, weights = len(x) // 2, StepWeights(cfg.step_weight, step_factor(model.schedule))
+    squares = vectors[:half].float().square().sum(3)
+    weights.measure(start, squares.mean((0, 1)))
+    vectors *= weights(start, stop)[:, None]
     r_hat = RewardNormaliser(cfg.window, cfg.min_count)(0, names, scores)
     print(f"score {scores.mean():.4f}, std {scores.std():.4f}")
     kept, chosen = {"all (DDPO)": select_all(r_hat)}, {}
@@ -119,7 +124,9 @@ def signal(cfg):
     def of_roots(w, steps):  # (P, W)
         return torch.einsum("pk,pksn->pn", w, vectors[:, :, steps].float())
 
-    energy = [of_roots(r_hat, [s]).square().sum().item() for s in range(start - stop)]
+    energy = [of_roots(r_hat, [s])[half:].square().sum().item() for s in range(start - stop)]
+    most = max(energy) / sum(energy)
+    print(f"step weights {cfg.step_weight}: the largest share of a step {most:.1%}")
     table = []
     for low, high in RANGES:
         steps = [start - t for t in range(low, high + 1) if stop < t <= start]
