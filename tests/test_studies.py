@@ -17,7 +17,9 @@ from ddim_logprob import ddim_mean, guided_prediction, keyed_generator, log_prob
 from lora import inject_lora, lora_layers, lora_state
 from rewards import checked
 from report import write_lora
-from studies import common, compare, curves, gradient_signal, last_step, matrix, table5, tree
+from studies import common, compare, curves, gradient_signal, last_step, matrix, shortcuts
+from studies import table5, tree
+from tiny import recognise
 
 PROMPTS = ["cat", "dog", "bird"]
 
@@ -390,6 +392,58 @@ def test_the_table_of_signals_holds_each_selection(
     assert most == pytest.approx(100 * (energy.max() / energy.sum()).item(), abs=1)
     assert rows["| 1 to 7"][0] == "100.0%" and rows["| 3 to 6"][0] == rows["| 3 to 20"][0]
     assert not any(tmp_path.glob("runs"))  # it prints, and leaves no folder
+
+
+# ---------------------------------------------------------------- shortcuts
+
+
+def test_reweighting_is_the_base_in_the_shares_of_the_other():
+    values, right = ["a", "a", "b", "b"], [1.0, 1.0, 0.0, 1.0]
+    assert shortcuts.reweighted(values, right, values) == pytest.approx(0.75)
+    assert shortcuts.reweighted(values, right, ["b"] * 3) == pytest.approx(0.5)
+    assert shortcuts.reweighted(values, right, ["a", "b", "b", "b"]) == pytest.approx(0.625)
+    assert shortcuts.reweighted(values, right, ["c", "a"]) == pytest.approx((0.75 + 1) / 2)
+
+
+def test_shortcuts_tell_gain_and_shares_apart(small, rewards, args, monkeypatch, capsys):
+    """Of pictures that the judge sees: shares and recognition of each value, base and LoRA."""
+    inject_lora(small.unet, 2)
+    randomise_lora(small.unet, 1.0)
+    small.tiny, args.lora, args.images, looked = ROOT / "tiny", ["a run"], 4, []
+
+    def probabilities(_, images):
+        bright = images[:, 0, 8:16].mean((1, 2)) > images[:, 1, 8:16].mean((1, 2))
+        looked.append((bright, judge(images, None)))
+        heads = {"style": 3, "ground": 3, "side": 2, "size": 2}
+        one = lambda n: torch.eye(n)[bright.long()]
+        return [one(heads.get(name, 2)) for name in recognise.HEADS]
+
+    monkeypatch.setattr(recognise, "load_judge", lambda folder: None)
+    monkeypatch.setattr(recognise, "probabilities", probabilities)
+    found = shortcuts.shortcuts(small, rewards, judge, PROMPTS, args)
+    n = 4 * len(PROMPTS)
+    bright, right = (torch.cat(column).float() for column in zip(*looked))
+    bright, right = bright.view(2, n), right.view(2, n)  # base, LoRA
+    assert found["n"] == n and found["gain"] == pytest.approx((right[1] - right[0]).mean().item())
+    style = {row[0]: row[1:] for row in found["rows"]}
+    for k, value in enumerate(("noto", "twemoji")):
+        of = (bright == k).float()
+        rates = 100 * (of * right).sum(1) / of.sum(1).clamp(min=1)
+        want = torch.stack([100 * of.mean(1), rates], 1).flatten().tolist()
+        assert style[f"style {value}"] == pytest.approx(want)
+    assert style["style fluent"] == [0, 0, 0, 0]
+    moved = shortcuts.reweighted(bright[0].tolist(), right[0].tolist(), bright[1].tolist())
+    assert found["by reweighting"]["all four"] == pytest.approx(moved - right[0].mean().item())
+    assert "by reweighting the base by" in capsys.readouterr().out
+
+
+def test_shortcuts_need_a_lora_and_the_judge(small, rewards, args, capsys):
+    args.lora, args.images = [], 1
+    for lora, own in (([], judge), (["a run"], None)):
+        args.lora = lora
+        with pytest.raises(SystemExit):
+            shortcuts.shortcuts(small, rewards, own, PROMPTS, args)
+        assert "--lora RUN" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the commands
