@@ -49,18 +49,14 @@ def tau_schedule(i, rounds, T=20, tau0=14):
     return tau0 + (i * (T - tau0) // (rounds - 1) if rounds > 1 else 0)
 
 
-def training_interval(tau, T=20, direction="backward", skip_last=0):
+def training_interval(tau, T=20, direction="backward"):
     """The steps t = start..stop+1 that are trained, as (start, stop).
 
     backward: the last tau steps, (tau, 0) [paper, Eq. 3]. forward: the first tau steps
     from the noise, (T, T - tau), an ablation [ours, after TempFlow-GRPO's claim that
-    early steps count]. skip_last: the steps t <= skip_last are sampled but not trained
-    [ours; the paper's is 0]: nothing that is drawn in the last of them can be seen (App.
-    F.1), yet two of them have most of the gradient's energy. How many more tell nothing
-    depends on the model: `studies/gradient_signal.py` measures it.
+    early steps count].
     """
-    start, stop = {"backward": (tau, 0), "forward": (T, T - tau)}[direction]
-    return start, max(stop, skip_last)
+    return {"backward": (tau, 0), "forward": (T, T - tau)}[direction]
 
 
 class StepWeights:

@@ -57,15 +57,14 @@ SETTINGS = (
     ("T", int, T, T, "denoising steps [paper, Table 6]"),
     ("eta", float, ETA, ETA, "weight of DDIM's noise [paper, Table 6]"),
     ("guidance", float, GUIDANCE, GUIDANCE, "guidance scale, always [paper, Table 6]"),
-    ("tau0", int, 14, 18, "first training interval, BPT [official; tiny: ours]"),
-    ("skip_last", int, 0, 13, "last steps that are not trained [paper: 0; tiny: ours]"),
-    ("branches", int, 3, 4, "branches K of a root, BS [paper, Table 6; tiny: ours]"),
+    ("tau0", int, 14, 14, "first training interval, BPT [official]"),
+    ("branches", int, 3, 3, "branches K of a root, BS [paper, Table 6]"),
     ("threshold", float, 0.5, 0.5, "score threshold on r_hat, Eq. 5 [paper, Table 6]"),
     ("window", int, 8, 8, "past rounds in the mean and std of r_hat, App. D.1 [official]"),
-    ("min_count", int, 0, 0, "below as many scores a prompt takes the round's mean [ddpo 16]"),
-    ("rounds", int, 100, 18, "rounds N [official; tiny: ours]"),
-    ("queries", int, 256, 200, "reward queries a round: roots x branches [paper 25.6k]"),
-    ("epochs", int, 2, 1, "passes over a round's data [official; tiny: ours]"),
+    ("min_count", int, 0, 16, "below as many scores a prompt takes the round's mean [ddpo 16]"),
+    ("rounds", int, 100, 12, "rounds N [official; tiny: ours]"),
+    ("queries", int, 256, 192, "reward queries a round: roots x branches [paper 25.6k]"),
+    ("epochs", int, 2, 2, "passes over a round's data [official]"),
     ("update_size", int, 64, 32, "trajectories an update [Table 6: 2 x 32; DDPO 2 x 128]"),
     ("lr", float, 1e-4, 1e-3, "AdamW learning rate [paper, Table 6; tiny: ours]"),
     ("weight_decay", float, 1e-4, 1e-4, "AdamW weight decay [paper, Table 6]"),
@@ -102,8 +101,8 @@ def parse_args(argv):
     add("--no-bs", action="store_true", help="no branches, train on all (Sec. 3.3)")
     grows = "where tau grows from: x_0 (the paper) or the noise (an ablation)"
     weigh = "of steps in the loss: alike [paper], or by inverse factor or RMS [ours]"
-    kinds = ("uniform", "schedule", "rms")
-    add("--step-weight", choices=kinds, default="uniform", help=weigh)
+    weigh += " (SD uniform, tiny rms)"
+    add("--step-weight", choices=("uniform", "schedule", "rms"), help=weigh)
     add("--interval", choices=("backward", "forward"), default="backward", help=grows)
     add("--seed", type=int, default=0, help="keys noise, prompts, LoRA's start")
     add_model_flags(add)
@@ -140,6 +139,8 @@ def fill_in(args):
     for name, _, sd, tiny, _ in SETTINGS:
         if getattr(args, name) is None:
             setattr(args, name, tiny if tiny_folder(args.model) else sd)
+    even = "rms" if tiny_folder(args.model) else "uniform"
+    args.step_weight = args.step_weight or even
     args.precision = args.precision or default_precision(args)
     args.branches = 1 if args.no_bs else args.branches
     if args.queries > args.branches > 0:
@@ -162,7 +163,7 @@ def check(args):
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if abs(value) >= 2**53 or not math.isfinite(value):
             die(f"{flag} {value} is no usable number")
-        zero_is_fine = ("skip_last", "threshold", "window", "min_count", "save_every")
+        zero_is_fine = ("threshold", "window", "min_count", "save_every")
         zero_is_fine += ("beta1", "beta2", "kl_beta", "dpo_beta", "guidance", "weight_decay")
         if name in zero_is_fine and value < 0:
             die(f"{flag} must be 0 or more")
@@ -192,11 +193,6 @@ def check(args):
         die("--threshold must be below --adv-clip")
     if max(args.beta1, args.beta2) >= 1:
         die("--beta1 and --beta2 must be below 1")
-    if args.skip_last >= (args.T if args.no_bpt else args.tau0):
-        die(f"--skip-last {args.skip_last} must be below --tau0 {args.tau0}, e.g. 0")
-    forward = args.interval == "forward" and not args.no_bpt
-    if forward and args.skip_last >= args.T - args.tau0:
-        die("--interval forward never grows so: --skip-last must be below T - tau0")
     if args.algo == "dpo" and args.micro_batch < 2:
         die("dpo needs --micro-batch 2 or more: a pair must be in one UNet call")
     if not args.resume and run_folder.holds_run(args.out):
@@ -215,21 +211,23 @@ def draw_roots(prompts, cfg, i, worker, workers):
     return drawn, share(owners, worker, workers)
 
 
-def score(model, reward, x_0, names, own, P, K):
-    """Rewards of all processes' pictures, (P, K), and the spread within a prompt.
+def score(model, reward, judge, x_0, names, own, P, K):
+    """All processes' rewards (P, K); spread within a prompt, share that the judge recognises.
 
-    x_0: (Q, K, C, h, w) of the roots `own`, whose prompts are `names` (Q).
+    x_0: (Q, K, C, h, w) of the roots `own`, whose prompts are `names` (Q). judge: or None.
     """
-    scores, values, thumbs = torch.zeros(P, K), [], []
+    table, found, thumbs = torch.zeros(2, P, K), [], []
     x_0, names = x_0.flatten(0, 1), [name for name in names for _ in range(K)]
     for rows in progress(parts(torch.arange(len(x_0)), model.decode_batch), "scoring"):
-        images = model.decode(x_0[rows])
+        images, prompts = model.decode(x_0[rows]), [names[j] for j in rows.tolist()]
         thumbs.append(torch.nn.functional.adaptive_avg_pool2d(images, 8))
-        values.append(reward(images, [names[j] for j in rows.tolist()]))
-    if values:
-        scores[own] = torch.cat(values).view(-1, K)
-    diversity = spread(torch.cat(thumbs), names) if values else 0.0
-    return all_sum(scores, model.device), diversity
+        right = judge(images, prompts).float() if judge else torch.zeros(len(rows))
+        found.append(torch.stack([reward(images, prompts), right]))
+    if found:
+        table[:, own] = torch.cat(found, 1).view(2, -1, K)
+    diversity = spread(torch.cat(thumbs), names) if found else 0.0
+    scores, right = all_sum(table, model.device)
+    return scores, diversity, right.mean().item()
 
 
 def main(argv=None):
@@ -327,7 +325,7 @@ def algorithm_1(cfg):
         clock = [time.perf_counter()]
         # BPT: the steps t = start..stop+1, in the paper tau..1, are trained (Eq. 3, D.1)
         tau = T if cfg.no_bpt else tau_schedule(i, cfg.tau_rounds, T, cfg.tau0)
-        start, stop = training_interval(tau, T, cfg.interval, cfg.skip_last)
+        start, stop = training_interval(tau, T, cfg.interval)
         # Each root: a prompt, x_T, and the path to x_tau, which its branches share
         prompts, own = draw_roots(train_prompts, cfg, i, worker, workers)  # P, (Q,)
         own_prompts, roots = [prompts[p] for p in own], [(cfg.seed, i, int(p)) for p in own]
@@ -339,7 +337,8 @@ def algorithm_1(cfg):
         x, log_p_old = model.branch(x_tau, start, stop, own_prompts, keys)
         x_0 = model.finish(x[:, :, -1], stop, own_prompts, keys)  # (Q, K, C, h, w)
         clock.append(time.perf_counter())
-        scores, diversity = score(model, reward, x_0, own_prompts, own, P, K)
+        about = own_prompts, own, P, K
+        scores, diversity, recognised = score(model, reward, judge, x_0, *about)
         clock.append(time.perf_counter())
         r_hat = normalise(i, prompts, scores)  # App. D.1
         # Eq. 5: the best and the worst branch of each root, if they pass the threshold
@@ -397,6 +396,8 @@ def algorithm_1(cfg):
         if cfg.offload:
             model.move_others(reward, device)
         line["spread_within_prompt"] = diversity
+        if judge:
+            line["recognised"] = recognised
         end_round(line, scores, clock, in_a_row)
 
     if worker == 0:

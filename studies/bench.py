@@ -44,7 +44,7 @@ from studies.common import markdown
 # All rounds at tau0, full updates of weights that stand still, no pictures
 STILL = ("--lr=1e-12", "--rounds=1000000", "--tau-rounds=1000000", "--eval-prompts=0")
 DDPO = ("--no-bpt", "--no-bs")
-LARGE = ("--T=6", "--tau0=4", "--skip-last=0", "--epochs=1", "--queries=128")
+LARGE = ("--T=6", "--tau0=4", "--epochs=1", "--queries=128")
 BATCHES = (16, 32, 64, 128, 256)  # of the UNet, tried in bare calls, guidance included
 OPTIONS = ("--channels-last", "--precision=bf16", "--compile", "--precision=bf16 --compile")
 
@@ -263,7 +263,7 @@ def least(cfg, kept):
     if pairs shared their first state.
     """
     tau = cfg.T if cfg.no_bpt else cfg.tau0
-    start, stop = train.training_interval(tau, cfg.T, cfg.interval, cfg.skip_last)
+    start, stop = train.training_interval(tau, cfg.T, cfg.interval)
     n, halves, m = start - stop, 1 if cfg.guidance == 1 else 2, len(kept)
     a_root = (cfg.T - start) + 1 + cfg.branches * (start - 1)
     passes = cfg.epochs * m + (min(m, 8) if cfg.step_weight == "rms" else 0)

@@ -11,9 +11,10 @@ independent (but for r_hat's mean and std), so the mean of g_p . g_q over p != q
     25 * mean(g_p . g_q) / mean(|g_p|^2)
 
 the squared signal-to-noise ratio of 25 roots: at 1 their gradient is half signal, at 0.01
-that takes 2,500 roots. +- is a standard error if there is no signal. The gradient is that
-of LoRA's `up` weights; that of `down` is 0 at the start. 2 bytes a query, step and weight
-are kept: 10 GB for Stable Diffusion at 640 queries and 20 steps. [ours]
+that takes 2,500 roots. +- is a standard error if there is no signal. Steps are weighted as
+--step-weight says; the RMS is measured on the first half of the roots, the shares of g^2 on
+the other. The gradient is that of LoRA's `up` weights; that of `down` is 0 at the start. Two
+bytes a query, step and weight are kept: 10 GB for Stable Diffusion at 640 queries. [ours]
 """
 
 import sys
@@ -24,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import train
-from b2rl import RewardNormaliser, select_all, select_pairs, training_interval
-from ddim_logprob import log_prob
+from b2rl import RewardNormaliser, StepWeights, select_all, select_pairs, training_interval
+from ddim_logprob import log_prob, step_factor
 from eval import guarded
 from lora import inject_lora, lora_layers
 from model import DTYPES, load_model
@@ -33,7 +34,7 @@ from prompts import load_prompts
 from rewards import load_reward
 from studies.common import markdown
 
-OWN = "--model=tiny --out=runs/gradient-signal --queries=640 --tau0=20 --skip-last=0"
+OWN = "--model=tiny --out=runs/gradient-signal --queries=640 --tau0=20"
 RANGES = ((1, 2), (3, 6), (7, 9), (10, 12), (13, 15), (16, 17), (18, 20))  # steps t
 RANGES += ((3, 20), (10, 20), (16, 20), (1, 7), (8, 14), (15, 20), (1, 20))
 
@@ -82,7 +83,7 @@ def sample(cfg, model):
     """Round 0 as `train.algorithm_1` samples it: states x, prompts, scores (P, K)."""
     prompts, _ = load_prompts(cfg.template, cfg.prompts)
     reward = load_reward(cfg.reward, model.tiny, model.device, DTYPES[cfg.precision])
-    start, stop = training_interval(cfg.tau0, cfg.T, cfg.interval, cfg.skip_last)
+    start, stop = training_interval(cfg.tau0, cfg.T, cfg.interval)
     names, own = train.draw_roots(prompts, cfg, 0, 0, 1)
     roots = [(cfg.seed, 0, p) for p in own.tolist()]
     x_T = model.noise([(*root, "x_T") for root in roots])
@@ -91,8 +92,8 @@ def sample(cfg, model):
     keys = [[(*root, k) for k in range(cfg.branches)] for root in roots]
     x, _ = model.branch(x_tau, start, stop, names, keys)
     x_0 = model.finish(x[:, :, -1], stop, names, keys)
-    scores, _ = train.score(model, reward, x_0, names, own, len(own), cfg.branches)
-    return x, names, scores
+    scored = train.score(model, reward, None, x_0, names, own, len(own), cfg.branches)
+    return x, names, scored[0]
 
 
 def signal(cfg):
@@ -100,9 +101,13 @@ def signal(cfg):
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     model = load_model(cfg, torch.device(cfg.device))
     inject_lora(model.unet, cfg.rank, seed=cfg.seed)
-    start, stop = training_interval(cfg.tau0, cfg.T, cfg.interval, cfg.skip_last)
+    start, stop = training_interval(cfg.tau0, cfg.T, cfg.interval)
     x, names, scores = sample(cfg, model)
     vectors = score_vectors(model, x, start, names, cfg.micro_batch)
+    half, weights = len(x) // 2, StepWeights(cfg.step_weight, step_factor(model.schedule))
+    squares = vectors[:half].float().square().sum(3)
+    weights.measure(start, squares.mean((0, 1)))
+    vectors *= weights(start, stop)[:, None]
     r_hat = RewardNormaliser(cfg.window, cfg.min_count)(0, names, scores)
     print(f"score {scores.mean():.4f}, std {scores.std():.4f}")
     kept, chosen = {"all (DDPO)": select_all(r_hat)}, {}
@@ -119,7 +124,9 @@ def signal(cfg):
     def of_roots(w, steps):  # (P, W)
         return torch.einsum("pk,pksn->pn", w, vectors[:, :, steps].float())
 
-    energy = [of_roots(r_hat, [s]).square().sum().item() for s in range(start - stop)]
+    energy = [of_roots(r_hat, [s])[half:].square().sum().item() for s in range(start - stop)]
+    most = max(energy) / sum(energy)
+    print(f"step weights {cfg.step_weight}: the largest share of a step {most:.1%}")
     table = []
     for low, high in RANGES:
         steps = [start - t for t in range(low, high + 1) if stop < t <= start]

@@ -32,26 +32,23 @@ from studies.compare import gain
 
 RESULTS = ROOT / "results"
 
-# Of every run: the tiny model's own settings but for rounds, evaluation and threads
-COMMON = dict(model="tiny", reward="clip", rounds=10, queries=200, update_size=32)
-COMMON |= dict(epochs=1, tau0=18, skip_last=13, threshold=0.5, clip_range=3e-3)
-COMMON |= dict(eval_images=1, threads=1)
-BRANCHES = 4  # of the methods with BS; it divides queries, so every row has as many
-# Chosen by the grid: the largest gain in CLIPScore on the training list, for vanilla and
-# bpt-bs. bpt updates on every sample as vanilla does, bs on pairs as bpt-bs does.
-LR, SEEDS = 1e-3, (0, 1, 2)
-TUNE = dict(method=("vanilla", "bpt-bs"), lr=(5e-4, 1e-3, 2e-3), seed=(100,))
+# Of every run, beside the tiny model's own settings
+COMMON = dict(model="tiny", reward="clip", eval_images=1)
+BRANCHES = 3  # of the methods with BS; it divides the queries, so every row has as many
+SEEDS = (0, 1, 2)
+# The grid, alike for vanilla and bpt-bs, on a seed that no other row has
+TUNE = dict(method=("vanilla", "bpt-bs"), lr=(1e-3, 2e-3), clip_range=(1e-3, 3e-3), seed=(100,))
+# Chosen by it: the largest gain in CLIPScore on the training list. bpt updates on every
+# sample as vanilla does, bs on pairs as bpt-bs does.
+CHOSEN = {"vanilla": dict(lr=1e-3, clip_range=3e-3), "bpt-bs": dict(lr=1e-3, clip_range=3e-3)}
+CHOSEN |= {"bpt": CHOSEN["vanilla"], "bs": CHOSEN["bpt-bs"], "forward-bs": CHOSEN["bpt-bs"]}
 IMAGES = {"train": 8, "unseen": 4}  # pictures a prompt; template 1 has 45 and 90 prompts
 METHODS = {
-    "vanilla": dict(no_bpt=True, no_bs=True),
-    "bpt": dict(no_bs=True),
+    "vanilla": dict(no_bpt=True, no_bs=True, update_size=128),  # Table 6: four times ours
+    "bpt": dict(no_bs=True, update_size=128),
     "bs": dict(no_bpt=True),
     "bpt-bs": {},
-    # Added later. Eq. 5 keeps a third: as many updates as DDPO; Table 6's DDPO, which
-    # accumulates four times as much; TempFlow-GRPO's claim: from the noise, 20..18 first
-    "bpt-bs-3epochs": dict(epochs=3),
-    "vanilla-update128": dict(no_bpt=True, no_bs=True, update_size=128),
-    "forward-bs": dict(interval="forward", tau0=3, skip_last=0),
+    "forward-bs": dict(interval="forward"),  # TempFlow-GRPO's claim: from the noise
 }
 TWO = ("vanilla", "bpt-bs")
 # Algorithm, template, methods; what BPT+BS gains over vanilla in the paper: CLIPScore on
@@ -95,26 +92,31 @@ def rows():
         out[name] = steps
 
     for template in dict.fromkeys(template for _, template, *_ in MATRIX):
-        name = f"first/base-t{template}"
+        name = f"main/base-t{template}"
         add(name, *scoring(template, name, **base))
     for algo, template, methods, _ in MATRIX:
         for seed, method in product(SEEDS, methods):  # cut short, all methods compare
-            name = f"first/{prefix(algo, template, method)}-seed{seed}"
-            train = ("train.py", training(algo, template, method, lr=LR, seed=seed), name)
+            name = f"main/{prefix(algo, template, method)}-seed{seed}"
+            train = (
+                "train.py",
+                training(algo, template, method, **CHOSEN[method], seed=seed),
+                name,
+            )
             add(name, train, *scoring(template, name, lora=f"runs/{name}", no_base=True))
         # Fig. 4: a noise a column, a method of the paper a row. Fig. 9: unseen prompts
         names = [prefix(algo, template, method) for method in methods[:4]]
-        loras = [f"runs/first/{name}-seed{SEEDS[0]}" for name in names]
+        loras = [f"runs/main/{name}-seed{SEEDS[0]}" for name in names]
         for split in IMAGES if methods is MATRIX[0][2] else ("train",):
             grid = {"train": "grid", "unseen": "grid-unseen"}[split]
-            name = f"first/{prefix(algo, template, grid)}"
+            name = f"main/{prefix(algo, template, grid)}"
             add(name, ("eval.py", dict(lora=loras, template=template, split=split, images=1), name))
     for study, flags in STUDIES.items():
-        name = f"first/{study.replace('_', '-')}"
+        name = f"main/{study.replace('_', '-')}"
         add(name, (f"studies/{study}.py", flags | base, name))
-    for method, lr, seed in product(*TUNE.values()):
-        name = f"tune/{prefix('ddpo', 1, method)}-lr{lr:g}-seed{seed}"
-        settings = training("ddpo", 1, method, lr=lr, seed=seed, eval_images=2)
+    for method, lr, clip, seed in product(*TUNE.values()):
+        name = f"tune/{prefix('ddpo', 1, method)}-lr{lr:g}-clip{clip:g}-seed{seed}"
+        more = dict(lr=lr, clip_range=clip, seed=seed, eval_images=2)
+        settings = training("ddpo", 1, method, **more)
         add(name, ("train.py", settings, name))
     return out
 
@@ -175,7 +177,7 @@ standard error over seeds and pictures (of the inception score by the jackknife)
 
 def evaluated(name):
     """{list: scores} of a row, None if it is not done."""
-    out = {s: read_json(RESULTS / f"first/{name}/eval-{s}/scores.json") for s in IMAGES}
+    out = {s: read_json(RESULTS / f"main/{name}/eval-{s}/scores.json") for s in IMAGES}
     if all(out.values()):
         return {split: next(iter(data["results"].values())) for split, data in out.items()}
 
@@ -247,18 +249,18 @@ def report():
     out = ["Written by `python studies/matrix.py --report`; do not edit.", NOTE, ""]
     for algo, template, methods, paper in MATRIX:
         pairs = product(methods, SEEDS)
-        names = [f"first/{prefix(algo, template, m)}-seed{seed}" for m, seed in pairs]
+        names = [f"main/{prefix(algo, template, m)}-seed{seed}" for m, seed in pairs]
         folders = [str(RESULTS / name) for name in names if read_metrics(RESULTS / name)]
-        target = f"first/{prefix(algo, template, 'curves')}"
+        target = f"main/{prefix(algo, template, 'curves')}"
         if folders:
             (RESULTS / target / "curves.json").unlink(missing_ok=True)
             curves.main(["--runs", *folders, "--out", str(RESULTS / target)])
             out += [f"## {algo}, template {template}", ""]
             out += [*comparison(algo, template, methods, paper), ""]
             out += [f"![reward over queries]({target}/curves.png)", ""]
-    shares = read_json(RESULTS / "first/table5/table5.json")
+    shares = read_json(RESULTS / "main/table5/table5.json")
     out += ["## Table 5", "", *(table5.table(shares) if shares else []), ""]
-    for title, group in (("Training runs", "first"), ("The learning-rate grid", "tune")):
+    for title, group in (("Training runs", "main"), ("The learning-rate grid", "tune")):
         out += [f"## {title}", "", *run_table(group), ""]
     write_text(RESULTS / "tables.md", "\n".join(out))
     print("\nWritten: results/tables.md")
@@ -267,7 +269,7 @@ def report():
 def run(args):
     if args.report:
         return report()
-    group = "tune" if args.tune else "first"
+    group = "tune" if args.tune else "main"
     patterns = [f"{group}/{pattern}" for pattern in args.only or ["*"]]
     chosen = {n: steps for n, steps in rows().items() if any(fnmatch(n, p) for p in patterns)}
     if not chosen:

@@ -8,12 +8,16 @@ define "differ". Here [ours] a branch differs
     in a score, if max - min is above --differ standard deviations within the branches
     at T, which share x_T alone: an ordinary difference of two pictures of a prompt;
     to the judge (tiny), if some but not all of its K pictures are recognised.
+The variance of r_hat within a branch says how much there is to choose from: scores are
+divided by their prompt's std over all steps t, and the variance is relative to that at T.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
 
 from eval import LABELS
 from studies.common import main, markdown, pyplot, rate, save_figure, study_parser, wilson
@@ -25,6 +29,16 @@ PAPER = (0.082, 0.168, 0.156, 0.281, 0.289, 0.340, 0.430, 0.445, 0.523, 0.664)
 def differs(scores, threshold):
     """Branches (R, K) whose pictures differ, max - min being above `threshold`: (R,)."""
     return scores.max(1).values - scores.min(1).values > threshold
+
+
+def relative_variance(scores, owners):
+    """Scores (steps, R, K) of R prompts -> variance of r_hat within a branch over that at T."""
+    r_hat = torch.zeros_like(scores)
+    for prompt in set(owners):
+        rows = [p for p, owner in enumerate(owners) if owner == prompt]
+        r_hat[:, rows] = scores[:, rows] / scores[:, rows].std().clamp(min=1e-8)
+    within = r_hat.var(2).mean(1)
+    return within / within[-1].clamp(min=1e-8)
 
 
 def table5(model, rewards, judge, prompts, args):
@@ -42,13 +56,15 @@ def table5(model, rewards, judge, prompts, args):
         rated = rate(model, x[:, :, -1].flatten(0, 1), each, rewards, judge)
         scores[t] = {name: v.view(R, K) for name, v in rated.items()}
     result = {"steps": steps, "roots": R, "branches": K, "differ": args.differ}
-    result |= {"share": {}, "threshold": {}, "std_within": {}}
+    result |= {"share": {}, "threshold": {}, "std_within": {}, "relative_variance": {}}
     for name in scores[T]:
         within = [scores[t][name].var(1).mean().sqrt().item() for t in steps]
         threshold = 0.0 if name == "recognised" else args.differ * within[-1]
         share = [differs(scores[t][name], threshold).float().mean().item() for t in steps]
         result["share"][name], result["std_within"][name] = share, within
         result["threshold"][name] = threshold
+        every = torch.stack([scores[t][name] for t in steps])  # (steps, R, K)
+        result["relative_variance"][name] = relative_variance(every, owners).tolist()
     print("\n".join(table(result)))
     figure, ax = pyplot().subplots(figsize=(5, 3.5))
     for name, share in result["share"].items():
@@ -73,6 +89,12 @@ def table(result):
         rows.append([f"{label} differs, %", *cells])
         within = [f"{v:.4f}" for v in result["std_within"][name]]
         rows.append([f"{label}, std within a branch", *within])
+        within = [f"{v:.2f}" for v in result["relative_variance"][name]]
+        rows.append([f"{label}, variance of r_hat over that at T", *within])
+        if result["steps"] == list(range(2, 21, 2)):
+            gaps = [100 * (p - q) for p, q in zip(share[1:], PAPER[1:])]
+            rms = (sum(gap**2 for gap in gaps) / len(gaps)) ** 0.5
+            rows.append([f"{label}, RMS to the paper, t = 4..20: {rms:.1f} points"] + 10 * [""])
     if result["steps"][-1] == 20:
         rows.append(["paper, %", *(f"{100 * p:.1f}" for p in PAPER)])
     return markdown(["branching at t", *result["steps"]], rows)

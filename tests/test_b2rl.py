@@ -57,13 +57,6 @@ def test_training_interval():
             assert start - stop == tau and 0 <= stop < start <= 20
 
 
-def test_training_interval_without_the_last_steps():
-    """skip_last steps at the clean end are not trained; an interval that ends earlier is as is."""
-    assert training_interval(14, 20, "backward", 2) == (14, 2)
-    assert training_interval(14, 20, "forward", 2) == (20, 6)
-    assert training_interval(19, 20, "forward", 2) == (20, 2)
-
-
 # ---------------------------------------------------------------- weights of the steps
 
 

@@ -81,9 +81,6 @@ REFUSED = [
     (["--T", 1000], ["--T must be at most 999"]),
     (["--T", 0], ["--T"]),
     (["--algo", "dpo", "--micro-batch", 1], ["--micro-batch 2"]),
-    (["--skip-last", 14], ["--skip-last 14", "--tau0 14"]),
-    (["--skip-last", 20, "--no-bpt"], ["--skip-last 20"]),
-    (["--skip-last", 6, "--interval", "forward"], ["--interval forward", "T - tau0"]),
     (["--image-size", 0], ["--image-size"]),
     (["--image-size", -64], ["--image-size"]),
     (["--image-size", 10**30], ["--image-size"]),
@@ -291,7 +288,7 @@ def test_the_readme_command_trains_scores_and_draws(tmp_path, capsys):
     run = tmp_path / "run"
     argv = ["--reward", "clip", "--template", "1", "--model", "tiny", "--device", "cpu"]
     argv += ["--out", str(run), "--rounds", "2", "--queries", "16", "--T", "4", "--tau0", "2"]
-    argv += ["--skip-last", "0", "--eval-images", "1", "--update-size", "4"]
+    argv += ["--eval-images", "1", "--update-size", "4"]
     train.main([*argv, "--eval-prompts", "4"])
     said = capsys.readouterr().out
     assert said.startswith("Training the bundled tiny model on cpu") and "--model" in said

@@ -71,8 +71,8 @@ def test_the_default_folder_names_what_was_chosen():
     assert parse().out == "runs/none-clip-template1-ddpo-bpt-bs-seed0"
     flags = ["--no-bpt", "--no-bs", "--algo", "dpok", "--template", "3", "--seed", "7"]
     assert parse(*flags).out == "runs/none-clip-template3-dpok-seed7"
-    flags = ["--interval", "forward", "--skip-last", "1", "--lr", "0.01"]
-    assert parse(*flags).out == "runs/none-clip-template1-ddpo-forward-bs-seed0-skip_last1-lr0.01"
+    flags = ["--interval", "forward", "--tau0", "1", "--lr", "0.01"]
+    assert parse(*flags).out == "runs/none-clip-template1-ddpo-forward-bs-seed0-tau01-lr0.01"
 
 
 def test_the_default_folder_names_files(tmp_path):
@@ -153,7 +153,7 @@ def test_a_run_that_moved_alone_says_what_it_misses(moved, light, tmp_path, caps
 def test_settings_of_zero_come_back(tmp_path):
     """As they were given, and not as the tiny model's defaults; lists and None as well."""
     argv = ["--model", "tiny", "--device", "cpu", "--out", str(tmp_path / "run")]
-    zero = ["skip_last", "threshold", "window", "kl_beta", "weight_decay", "guidance", "beta1"]
+    zero = ["threshold", "window", "kl_beta", "weight_decay", "guidance", "beta1"]
     for name in zero:
         argv += [f"--{name.replace('_', '-')}", "0"]
     argv += ["--validation-prompt", "a fox", "--validation-prompt=-x=1", "--no-bs", "--seed=-3"]
@@ -286,14 +286,14 @@ def test_a_fingerprint_is_of_settings_prompts_and_reward(tmp_path):
     """Not of where files lie, nor of what may be given beside --resume."""
     (tmp_path / "p.txt").write_text("a cat\n[unseen]\na dog\n")
     flags = ["--model", "none", "--device", "cpu", "--prompts", str(tmp_path / "p.txt")]
-    config = vars(train.parse_args([*flags, "--skip-last", "1", "--guidance", "2"]))
+    config = vars(train.parse_args([*flags, "--tau0", "1", "--guidance", "2"]))
     mark = fingerprint(config, "source")
     others = dict(threads=2, rounds=7, micro_batch=3, offload=True, device="cuda", out="x")
     assert fingerprint(config | others | {"resume": "x"}, "source") == mark
     assert fingerprint(config | {"model": "some/where/none"}, "source") == mark
     later = {"a_flag_of_a_later_version": False, "another": None}
     assert fingerprint(config | later, "source") == mark
-    for name, value in dict(lr=3e-4, skip_last=0, no_bs=True, seed=1, model="other").items():
+    for name, value in dict(lr=3e-4, tau0=2, no_bs=True, seed=1, model="other").items():
         changed = fingerprint(config | {name: value}, "source")
         assert changed["settings"] != mark["settings"] and changed["prompts"] == mark["prompts"]
     changed = fingerprint(config, "another source")

@@ -17,7 +17,9 @@ from ddim_logprob import ddim_mean, guided_prediction, keyed_generator, log_prob
 from lora import inject_lora, lora_layers, lora_state
 from rewards import checked
 from report import write_lora
-from studies import common, compare, curves, gradient_signal, last_step, matrix, table5, tree
+from studies import common, compare, curves, gradient_signal, last_step, matrix, shortcuts
+from studies import table5, tree
+from tiny import recognise
 
 PROMPTS = ["cat", "dog", "bird"]
 
@@ -118,11 +120,27 @@ def test_table5_is_the_share_that_brute_force_counts(small, rewards, args, capsy
 def test_table_5_shows_intervals_and_the_papers_shares():
     steps = list(range(2, 21, 2))
     result = {"steps": steps, "roots": 100, "share": {"recognised": [0.5] * 10}}
-    lines = table5.table(result | {"std_within": {"recognised": [0.25] * 10}})
-    assert lines[0].split(" | ")[1:3] == ["2", "4"] and len(lines) == 5
+    result |= {"std_within": {"recognised": [0.25] * 10}}
+    lines = table5.table(result | {"relative_variance": {"recognised": [0.5] * 10}})
+    assert lines[0].split(" | ")[1:3] == ["2", "4"] and len(lines) == 7
+    assert lines[4].startswith("| judge, variance of r_hat over that at T | 0.50 | ")
+    gaps = [0.5 - share for share in table5.PAPER[1:]]
+    rms = 100 * math.sqrt(np.mean(np.square(gaps)))
+    assert f"RMS to the paper, t = 4..20: {rms:.1f} points" in lines[5]
     assert lines[2].startswith("| judge differs, % | 50.0 (40.4 to 59.6) | ")
     assert lines[3].startswith("| judge, std within a branch | 0.2500 | ")
-    assert lines[4] == "| paper, % | " + " | ".join(f"{100 * p:.1f}" for p in table5.PAPER) + " |"
+    assert lines[6] == "| paper, % | " + " | ".join(f"{100 * p:.1f}" for p in table5.PAPER) + " |"
+
+
+def test_variance_within_a_branch_is_of_scores_over_their_prompts_std():
+    """Two prompts whose scores differ tenfold in size count alike."""
+    torch.manual_seed(0)
+    first = torch.randn(5, 4000, 3) * torch.tensor([1.0, 2, 2, 3, 4])[:, None, None]
+    both = torch.stack([first, 10 * first + 5], 2).flatten(1, 2)  # (5, 8000, 3)
+    found = table5.relative_variance(both, ["a", "b"] * 4000)
+    assert torch.allclose(found, table5.relative_variance(first, ["a"] * 4000), atol=1e-5)
+    assert torch.allclose(found, torch.tensor([1.0, 4, 4, 9, 16]) / 16, atol=0.05)
+    assert table5.relative_variance(torch.ones(2, 4, 3), ["a"] * 4).tolist() == [0, 0]
 
 
 def test_last_step_pairs_share_all_but_the_last_step(small, rewards, args, capsys):
@@ -323,17 +341,22 @@ def test_the_signal_ratio_is_unbiased_and_brute_forces():
     assert noise[-1] == pytest.approx((unit * np.mean(pairs), unit * error), rel=1e-3)
 
 
-def test_the_table_of_signals_holds_each_selection(random_folder, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("weight", ["uniform", "rms"])
+def test_the_table_of_signals_holds_each_selection(
+    random_folder, tmp_path, capsys, monkeypatch, weight
+):
     (tmp_path / "own.py").write_text(
         "def score(images, prompts):\n    return images.mean((1, 2, 3))\n"
     )
     monkeypatch.chdir(tmp_path)
     argv = ["--model", str(random_folder), "--reward", "own.py:score", "--device", "cpu"]
     argv += ["--queries", "8", "--branches", "2", "--T", "5", "--tau0", "4", "--threshold", "0.1"]
+    argv += ["--step-weight", weight]
     seen, real = {}, gradient_signal.score_vectors
 
     def watched(model, x, start, names, size):
         seen.update(x=x, start=start, names=names, vectors=real(model, x, start, names, size))
+        seen["raw"] = seen["vectors"].clone()
         return seen["vectors"]
 
     monkeypatch.setattr(gradient_signal, "score_vectors", watched)
@@ -357,8 +380,70 @@ def test_the_table_of_signals_holds_each_selection(random_folder, tmp_path, caps
             g = sum((w[..., None] * seen["vectors"][:, :, s].float()).sum(1) for s in steps)
             expected.append("{:+.3f} +- {:.3f}".format(*gradient_signal.ratio(g)))
         assert rows[f"| {name}"][1:] == expected
+    # Half of the roots tell the weights, the other half what each step's share is then
+    w = seen["raw"][:2].float().square().sum(3).mean((0, 1)).rsqrt()
+    w = w / w.mean() if weight == "rms" else torch.ones(4)
+    weighted = seen["raw"].float() * w[:, None]
+    gap = (seen["vectors"].float() - weighted).norm() / weighted.norm()
+    assert gap < 0.01
+    energy = torch.einsum("pk,pksn->psn", r_hat, weighted)[2:].square().sum((0, 2))
+    (said,) = [line for line in lines if line.startswith(f"step weights {weight}")]
+    most = float(said.split()[-1][:-1])
+    assert most == pytest.approx(100 * (energy.max() / energy.sum()).item(), abs=1)
     assert rows["| 1 to 7"][0] == "100.0%" and rows["| 3 to 6"][0] == rows["| 3 to 20"][0]
     assert not any(tmp_path.glob("runs"))  # it prints, and leaves no folder
+
+
+# ---------------------------------------------------------------- shortcuts
+
+
+def test_reweighting_is_the_base_in_the_shares_of_the_other():
+    values, right = ["a", "a", "b", "b"], [1.0, 1.0, 0.0, 1.0]
+    assert shortcuts.reweighted(values, right, values) == pytest.approx(0.75)
+    assert shortcuts.reweighted(values, right, ["b"] * 3) == pytest.approx(0.5)
+    assert shortcuts.reweighted(values, right, ["a", "b", "b", "b"]) == pytest.approx(0.625)
+    assert shortcuts.reweighted(values, right, ["c", "a"]) == pytest.approx((0.75 + 1) / 2)
+
+
+def test_shortcuts_tell_gain_and_shares_apart(small, rewards, args, monkeypatch, capsys):
+    """Of pictures that the judge sees: shares and recognition of each value, base and LoRA."""
+    inject_lora(small.unet, 2)
+    randomise_lora(small.unet, 1.0)
+    small.tiny, args.lora, args.images, looked = ROOT / "tiny", ["a run"], 4, []
+
+    def probabilities(_, images):
+        bright = images[:, 0, 8:16].mean((1, 2)) > images[:, 1, 8:16].mean((1, 2))
+        looked.append((bright, judge(images, None)))
+        heads = {"style": 3, "ground": 3, "side": 2, "size": 2}
+        one = lambda n: torch.eye(n)[bright.long()]
+        return [one(heads.get(name, 2)) for name in recognise.HEADS]
+
+    monkeypatch.setattr(recognise, "load_judge", lambda folder: None)
+    monkeypatch.setattr(recognise, "probabilities", probabilities)
+    found = shortcuts.shortcuts(small, rewards, judge, PROMPTS, args)
+    n = 4 * len(PROMPTS)
+    bright, right = (torch.cat(column).float() for column in zip(*looked))
+    bright, right = bright.view(2, n), right.view(2, n)  # base, LoRA
+    assert found["n"] == n and found["gain"] == pytest.approx((right[1] - right[0]).mean().item())
+    style = {row[0]: row[1:] for row in found["rows"]}
+    for k, value in enumerate(("noto", "twemoji")):
+        of = (bright == k).float()
+        rates = 100 * (of * right).sum(1) / of.sum(1).clamp(min=1)
+        want = torch.stack([100 * of.mean(1), rates], 1).flatten().tolist()
+        assert style[f"style {value}"] == pytest.approx(want)
+    assert style["style fluent"] == [0, 0, 0, 0]
+    moved = shortcuts.reweighted(bright[0].tolist(), right[0].tolist(), bright[1].tolist())
+    assert found["by reweighting"]["all four"] == pytest.approx(moved - right[0].mean().item())
+    assert "by reweighting the base by" in capsys.readouterr().out
+
+
+def test_shortcuts_need_a_lora_and_the_judge(small, rewards, args, capsys):
+    args.lora, args.images = [], 1
+    for lora, own in (([], judge), (["a run"], None)):
+        args.lora = lora
+        with pytest.raises(SystemExit):
+            shortcuts.shortcuts(small, rewards, own, PROMPTS, args)
+        assert "--lora RUN" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the commands
@@ -440,7 +525,7 @@ def fails(capsys, study, *argv):
         (compare, ["a", "b", "c"], "--against"),
         (compare, ["a", "b"], "a holds no run"),
         (gradient_signal, ["--queries", "0"], "--queries must be 1 or more"),
-        (matrix, ["--only", "nothing", "x*"], "no row is called first/nothing or first/x*: see"),
+        (matrix, ["--only", "nothing", "x*"], "no row is called main/nothing or main/x*: see"),
         (matrix, ["--again"], "name the rows with --only"),
     ],
 )
@@ -548,12 +633,13 @@ def test_every_row_has_flags_that_exist_equal_queries_and_updates(tmp_path, monk
                 args = study.parser().parse_args(argv)
                 drawn.append((name, evaluation.fill_in(args)))
     own = {k for more in matrix.METHODS.values() for k in more} - {"no_bpt", "no_bs", "interval"}
-    assert own == {"epochs", "tau0", "skip_last", "update_size"}
+    assert own == {"update_size"}
     for c in configs:  # equal queries a run and trajectories an update, whatever the method
         assert c["queries"] % c["branches"] == 0
         assert c["branches"] == (1 if c["no_bs"] else matrix.BRANCHES)
-        for what in ("rounds", "queries", "clip_range"):
+        for what in ("rounds", "queries", "epochs", "min_count", "step_weight"):
             assert c[what] == configs[0][what], what
+        assert c["update_size"] == (128 if c["no_bs"] else 32)  # Table 6: four times
     base = [(name, args) for name, args in drawn if not args.lora]
     assert len(base) == 2 * 3 + 3  # the base model is drawn as it was trained
     for name, args in base:
@@ -563,8 +649,8 @@ def test_every_row_has_flags_that_exist_equal_queries_and_updates(tmp_path, monk
     assert len(methods) == 4 * len(matrix.SEEDS)
     assert not set(matrix.SEEDS) & set(matrix.TUNE["seed"])  # tuned apart from what is reported
     tuned = [flags for name, ((_, flags, _), *_) in rows.items() if name.startswith("tune/")]
-    grid = {(flags.get("no_bs", False), flags["lr"], flags["seed"]) for flags in tuned}
-    assert len(grid) == len(tuned) == 6 and all(flags["eval_images"] == 2 for flags in tuned)
+    grid = {(f.get("no_bs", False), f["lr"], f["clip_range"], f["seed"]) for f in tuned}
+    assert len(grid) == len(tuned) == 8 and all(flags["eval_images"] == 2 for flags in tuned)
 
 
 def test_the_rows_that_are_committed_are_rows_of_the_table():
@@ -573,7 +659,7 @@ def test_the_rows_that_are_committed_are_rows_of_the_table():
     ]
     rows = matrix.rows()
     for folder in done:
-        if folder.parent.name in ("first", "tune"):
+        if folder.parent.name in ("main", "tune"):
             (_, settings, _), *_ = rows[f"{folder.parent.name}/{folder.name}"]
             assert matrix.other_settings(folder, settings) is None, folder
 
@@ -591,7 +677,7 @@ def test_the_papers_own_differences():
 
 def test_no_row_replaces_another(monkeypatch):
     monkeypatch.setattr(matrix, "MATRIX", (*matrix.MATRIX, matrix.MATRIX[1]))
-    with pytest.raises(AssertionError, match="two rows are called first/t2-ddpo-seed0"):
+    with pytest.raises(AssertionError, match="two rows are called main/t2-ddpo-seed0"):
         matrix.rows()
 
 
@@ -637,7 +723,7 @@ def test_the_report_shows_means_gains_and_the_paper(tmp_path, monkeypatch, capsy
     for name in names:
         for split in ("train", "unseen"):
             clip = scores[name, split] = rng.normal(size=2).tolist()
-            folder = tmp_path / f"first/{name}/eval-{split}"
+            folder = tmp_path / f"main/{name}/eval-{split}"
             folder.mkdir(parents=True)
             results = {"a model": evaluation_of(clip, [2.0, 2.0], 2.0, rng.random())}
             (folder / "scores.json").write_text(json.dumps({"results": results}))
@@ -664,7 +750,7 @@ def test_the_report_shows_means_gains_and_the_paper(tmp_path, monkeypatch, capsy
         lines = [
             line | {"seconds": {"a": 60.0}, "updates": 3, "kl_to_base": 0.25} for line in lines
         ]
-        folder = tmp_path / "first" / name
+        folder = tmp_path / "main" / name
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "config.json").write_text(json.dumps(config))
         part = {"gain": 0.5, "error": 0.125}
@@ -673,8 +759,8 @@ def test_the_report_shows_means_gains_and_the_paper(tmp_path, monkeypatch, capsy
     matrix.main(["--report"])
     matrix.main(["--report"])  # it replaces its own picture and numbers
     text = (tmp_path / "tables.md").read_text()
-    assert "| t2-ddpo over base | 2 |" in text and "(first/t2-ddpo-curves/curves.png)" in text
-    assert (tmp_path / "first/t2-ddpo-curves/curves.png").stat().st_size > 1000
+    assert "| t2-ddpo over base | 2 |" in text and "(main/t2-ddpo-curves/curves.png)" in text
+    assert (tmp_path / "main/t2-ddpo-curves/curves.png").stat().st_size > 1000
     gains = " | ".join(["+0.5000 +- 0.1250"] * 3)
     assert f"| t2-ddpo-seed0 | 0.001 | 3 | 1.0 | 0.250 | {gains} |" in text
 
@@ -682,8 +768,8 @@ def test_the_report_shows_means_gains_and_the_paper(tmp_path, monkeypatch, capsy
 def test_rows_are_run_skipped_resumed_and_copied(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(matrix, "ROOT", tmp_path)
     monkeypatch.setattr(matrix, "RESULTS", tmp_path / "results")
-    row = matrix.rows()["first/ddpo-seed1"]
-    monkeypatch.setattr(matrix, "rows", lambda: {"first/ddpo-seed1": row})
+    row = matrix.rows()["main/ddpo-seed1"]
+    monkeypatch.setattr(matrix, "rows", lambda: {"main/ddpo-seed1": row})
     called, codes = [], [9, 0, 0, 8]
 
     def run(words, cwd):
@@ -707,16 +793,16 @@ def test_rows_are_run_skipped_resumed_and_copied(tmp_path, monkeypatch, capsys):
     assert "ended with code 8" in fails(capsys, matrix)
     assert not (tmp_path / "results").exists()
     matrix.main([])
-    resumed = ["train.py", "--resume", "runs/first/ddpo-seed1"]
+    resumed = ["train.py", "--resume", "runs/main/ddpo-seed1"]
     assert [words[0] for words in called] == ["train.py"] * 2 + ["eval.py"] * 3
-    assert called[1] == resumed and called[0][-1] == "runs/first/ddpo-seed1"
+    assert called[1] == resumed and called[0][-1] == "runs/main/ddpo-seed1"
     assert called[3] == called[4] != called[2]  # the last step alone is done again
-    kept = sorted(p.name for p in (tmp_path / "results/first/ddpo-seed1").rglob("*.*"))
+    kept = sorted(p.name for p in (tmp_path / "results/main/ddpo-seed1").rglob("*.*"))
     assert kept == ["config.json", *["metrics.jsonl"] * 3, *["scores.json"] * 2, "summary.json"]
     matrix.main(["--only", "ddpo-*"])
-    assert len(called) == 5 and "first/ddpo-seed1: done" in capsys.readouterr().out
+    assert len(called) == 5 and "main/ddpo-seed1: done" in capsys.readouterr().out
     matrix.main(["--list"])
-    assert "first/ddpo-seed1: done\n    python train.py --model tiny" in capsys.readouterr().out
+    assert "main/ddpo-seed1: done\n    python train.py --model tiny" in capsys.readouterr().out
     matrix.main(["--only", "ddpo-seed1", "--again"])
     assert len(called) == 8 and "--resume" not in called[5]
     row[0][1]["lr"] = 0.5

@@ -170,29 +170,34 @@ def test_unet_calls_of_a_round_at_the_papers_sizes(loop, guidance, halves):
 
 
 @torch.no_grad()
-def test_round_is_what_a_plain_loop_samples(loop):
+@pytest.mark.parametrize("direction, start, stop", [("backward", 3, 0), ("forward", 4, 1)])
+def test_round_is_what_a_plain_loop_samples(loop, direction, start, stop):
     """Every trajectory of a round by diffusers' own steps, with the noise of its keys."""
-    flags = ["--seed", 5, "--rounds", 3, "--T", 4, "--tau0", 3, "--skip-last", 1]
+    flags = ["--seed", 5, "--rounds", 3, "--T", 4, "--tau0", 3, "--interval", direction]
     seen = loop(*flags, "--decode-batch", 2, r_hat=no_r_hat)
     sampled, images = seen.rounds[1], []
-    assert sampled.interval == (3, 1) and sampled.own == [0, 1, 2]
-    assert sampled.x.shape == (3, 3, 3, 4, 8, 8) and sampled.log_p_old.shape == (3, 3, 2)
+    assert sampled.interval == (start, stop) and sampled.own == [0, 1, 2]
+    assert sampled.x.shape == (3, 3, 4, 4, 8, 8) and sampled.log_p_old.shape == (3, 3, 3)
     assert sampled.x.dtype == sampled.log_p_old.dtype == torch.float32
     for p, prompt in enumerate(sampled.drawn):
-        policy = plain_distribution(seen, next(noise(5, 1, p, "x_T")), 4, prompt)
-        x_tau = policy.mean + policy.stddev * next(noise(5, 1, p, "shared"))
+        x_tau, shared = next(noise(5, 1, p, "x_T")), noise(5, 1, p, "shared")
+        for t in range(4, start, -1):
+            policy = plain_distribution(seen, x_tau, t, prompt)
+            x_tau = policy.mean + policy.stddev * next(shared)
         for k in range(3):
             x, draws = x_tau, noise(5, 1, p, k)
-            for s, t in enumerate((3, 2)):
+            for s, t in enumerate(range(start, stop, -1)):
                 torch.testing.assert_close(sampled.x[p, k, s], x, atol=1e-3, rtol=1e-3)
                 policy = plain_distribution(seen, x, t, prompt)
                 x = policy.mean + policy.stddev * next(draws)
                 want = policy.log_prob(x).mean().item()
                 assert sampled.log_p_old[p, k, s].item() == pytest.approx(want, abs=2e-3)
-            torch.testing.assert_close(sampled.x[p, k, 2], x, atol=1e-3, rtol=1e-3)
-            policy = plain_distribution(seen, x, 1, prompt)
-            x_0 = policy.mean + policy.stddev * next(noise(5, 1, p, k, "rest"))
-            images.append(seen.model.decode(x_0[None])[0])
+            torch.testing.assert_close(sampled.x[p, k, 3], x, atol=1e-3, rtol=1e-3)
+            rest = noise(5, 1, p, k, "rest")
+            for t in range(stop, 0, -1):
+                policy = plain_distribution(seen, x, t, prompt)
+                x = policy.mean + policy.stddev * next(rest)
+            images.append(seen.model.decode(x[None])[0])
     images = torch.stack(images)
     scores = brightness(images, None).view(3, 3)
     torch.testing.assert_close(sampled.scores, scores, atol=2e-5, rtol=0)
@@ -236,7 +241,7 @@ def test_each_stream_of_a_round_has_its_own_key(loop, monkeypatch):
 
     monkeypatch.setattr(train, "keyed_generator", record)
     monkeypatch.setattr(model_file, "keyed_generator", record)
-    loop("--epochs", 3, "--skip-last", 1, "--rounds", 2)
+    loop("--epochs", 3, "--interval", "forward", "--rounds", 2, "--tau-rounds", 4)
     assert len(keys) == 2 * (1 + 3 * (2 + 3 + 3) + 3 + 1)
     assert len(set(keys)) == len(keys) and {key[:2] for key in keys} == {(0, 0), (0, 1)}
 
@@ -257,7 +262,6 @@ def test_ratio_is_bit_equal_to_one_at_equal_batch_shapes(loop):
         ("fp32", ()),
         ("fp32", ("--no-bpt",)),
         ("fp32", ("--interval", "forward")),
-        ("fp32", ("--skip-last", 1)),
         ("bf16", ("--no-bs", "--sample-batch", 1, "--micro-batch", 1, "--queries", 2)),
     ],
 )
@@ -348,7 +352,7 @@ def plain_update(seen, step):
         ("dpok", ("--interval", "forward")),
         ("ddpo", ("--step-weight", "schedule")),
         ("dpo", ("--step-weight", "rms", "--no-bpt")),
-        ("pg", ("--T", 4, "--tau0", 3, "--skip-last", 1, "--guidance", 2)),
+        ("pg", ("--T", 4, "--tau0", 3, "--guidance", 2)),
     ],
 )
 def test_update_is_eq_6(loop, algo, flags):
@@ -374,9 +378,8 @@ def test_update_is_eq_6(loop, algo, flags):
         assert line["kept"] >= 4 and (r_hat.view(-1, 2).diff() < 0).all(), "best, then worst"
     if "--no-bs" in flags and algo != "dpo":
         assert line["kept"] == line["of"] and r_hat.abs().max() > 1.2
-    assert sampled.interval == train.training_interval(
-        line["tau"], seen.cfg.T, seen.cfg.interval, seen.cfg.skip_last
-    )
+    interval = train.training_interval(line["tau"], seen.cfg.T, seen.cfg.interval)
+    assert sampled.interval == interval
 
 
 @pytest.mark.parametrize("algo", ["ddpo", "dpok", "dpo"])
@@ -621,13 +624,13 @@ def test_offload_keeps_the_others_away_while_the_unet_trains(loop, monkeypatch):
 
 
 def test_the_intervals_of_a_run(loop):
-    """tau grows from tau0 to T, --skip-last is left out, --interval turns it round (Eq. 3)."""
-    flags = ["--T", 4, "--tau0", 2, "--rounds", 3, "--queries", 3, "--skip-last", 1]
+    """tau grows from tau0 to T, --interval turns it round (Eq. 3)."""
+    flags = ["--T", 4, "--tau0", 2, "--rounds", 3, "--queries", 3]
     intervals = lambda *more: [r.interval for r in loop(*flags, *more, r_hat=no_r_hat).rounds]
-    assert intervals() == [(2, 1), (3, 1), (4, 1)]
-    assert intervals("--interval", "forward") == [(4, 2), (4, 1), (4, 1)]
-    assert intervals("--no-bpt") == [(4, 1)] * 3
-    assert intervals("--tau-rounds", 2) == [(2, 1), (4, 1), (4, 1)]
+    assert intervals() == [(2, 0), (3, 0), (4, 0)]
+    assert intervals("--interval", "forward") == [(4, 2), (4, 1), (4, 0)]
+    assert intervals("--no-bpt") == [(4, 0)] * 3
+    assert intervals("--tau-rounds", 2) == [(2, 0), (4, 0), (4, 0)]
 
 
 @pytest.fixture(scope="module")
