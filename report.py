@@ -22,6 +22,7 @@ HOPELESS = (
 )
 CURVES = {  # metrics.jsonl's key -> title
     "reward_mean": "reward",
+    "recognised": "recognised by the judge",
     "kl_to_base": "KL to the base model, nats a step",
     "spread_within_prompt": "spread within a prompt",
     "clip_fraction": "share of clipped ratios",
@@ -165,15 +166,17 @@ def round_line(line, cfg, first_reward):
 
 
 def plot_curves(folder):
-    """curves.png: reward, KL, spread and clip fraction of a run over its reward queries."""
+    """curves.png: reward, judge, KL, spread, clip fraction of a run over its reward queries."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     lines = read_metrics(folder)
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.2), layout="constrained")
-    for ax, (name, title) in zip(axes, CURVES.items()):
+    known = {name: title for name, title in CURVES.items() if any(name in x for x in lines)}
+    size = 4 * len(known), 3.2
+    figure, axes = plt.subplots(1, len(known), figsize=size, layout="constrained", squeeze=False)
+    for ax, (name, title) in zip(axes[0], known.items()):
         points = [(line["queries"], line[name]) for line in lines if line.get(name) is not None]
         ax.plot(*zip(*points), ".-") if points else None
         ax.set(title=title, xlabel="reward queries")

@@ -168,11 +168,14 @@ def test_scores_that_teach_nothing_are_told_once(alone, i, count, told):
 
 def test_curves_and_pictures_before_and_after(tmp_path):
     """curves.png of what there is; the rows before stand above those after."""
-    lines = [line(1), line(2, clip_fraction=0.1), line(3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
-    report.plot_curves(tmp_path)
-    width, height = Image.open(tmp_path / "curves.png").size
-    assert width > 4 * height > 0
+    widths = []
+    for more in ({}, {"recognised": 0.5}):  # a panel more, where there is a judge
+        lines = [line(1, **more), line(2, clip_fraction=0.1), line(3)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
+        report.plot_curves(tmp_path)
+        width, height = Image.open(tmp_path / "curves.png").size
+        widths.append(width)
+    assert widths[0] > 2 * height > 0 and widths[1] == widths[0] + 400
     (tmp_path / "grids").mkdir()
     for when, colour in (("before", "red"), ("after", "blue")):
         Image.new("RGB", (90, 400), colour).save(tmp_path / f"grids/{when}-train.png")
