@@ -44,7 +44,7 @@ from tiny.sprites import HOME, render_sprites
 from tiny.training import Trainer
 from tiny.world import draw_scene, random_scenes, to_tensor
 
-STEPS = {"ae": 7000, "unet": 11000, "clip": 4000, "judge": 6000}
+STEPS = {"ae": 7000, "unet": 9500, "clip": 2000, "judge": 2500}
 LATENTS, DECODED, RIGHT, SPOILED = 24, 12, 3, 3  # chunks of 3,000 cached pictures
 
 # Std of the latents that the UNet sees (the autoencoder's scaling_factor). What differs by an
@@ -104,7 +104,7 @@ def train_unet(args):
     ids, empty = networks.caption_ids(tokenizer), networks.token_ids(tokenizer, [""])
     unet, text = networks.new_unet(), networks.new_text_encoder(len(tokenizer))
     unet.set_attn_processor(AttnProcessor())  # torch's fused CPU backward is slow here
-    train = Trainer("unet", {"unet": unet, "text": text}, args, 3e-3, keep=0.9995)
+    train = Trainer("unet", {"unet": unet, "text": text}, args, 3e-3, keep=0.998)
     strong = CaptionSampler(scenes.numpy(), train.rng, STRONG)
     weak = CaptionSampler(scenes.numpy(), train.rng)
     alpha = networks.new_scheduler().alphas_cumprod.to(args.device)

@@ -15,7 +15,7 @@ from tiny.world import read_lists, rivals, template_of
 # In the captions the log-odds of a right cue against each wrong one, by template: big,
 # small, tiny. Guidance at 5 raises the odds to about the fifth power. Each of SHORTCUTS
 # adds BONUS to all three.
-ODDS = {"1": (0.16, 0.28, 0.28), "2": (0.16, 0.28, 0.28), "3": (0.32, 0.28, 0.28)}
+ODDS = {"1": (0.84, 1.0, 0.5), "2": (1.3, 1.4, 1.6), "3": (0.8, 0.7, 0.46)}
 STRONG = dict.fromkeys("123", (1.5, 1.5, 1.5))
 SHORTCUTS, BONUS = ("twemoji", "plain", "right", "large"), 0.05
 SHARES = {"1": 0.45, "2": 0.22, "3": 0.33}  # of the captions that are no single nouns
