@@ -13,7 +13,8 @@ from conftest import ROOT
 
 import train
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "results/README.md"]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES += [ROOT / "results/README.md", ROOT / "tiny/README.md"]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXTS["README.md"]
 # Flags of others: of torchrun, pip and this suite
