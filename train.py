@@ -66,7 +66,7 @@ SETTINGS = (
     ("queries", int, 256, 192, "reward queries a round: roots x branches [paper 25.6k]"),
     ("epochs", int, 2, 2, "passes over a round's data [official]"),
     ("update_size", int, 64, 32, "trajectories an update [Table 6: 2 x 32; DDPO 2 x 128]"),
-    ("lr", float, 1e-4, 1e-3, "AdamW learning rate [paper, Table 6; tiny: ours]"),
+    ("lr", float, 1e-4, 5e-4, "AdamW learning rate [paper, Table 6; tiny: ours]"),
     ("weight_decay", float, 1e-4, 1e-4, "AdamW weight decay [paper, Table 6]"),
     ("beta1", float, 0.9, 0.9, "AdamW beta_1 [paper, Table 6]"),
     ("beta2", float, 0.999, 0.999, "AdamW beta_2 [paper, Table 6]"),

@@ -654,7 +654,7 @@ def test_every_row_has_flags_that_exist_equal_queries_and_updates(tmp_path, monk
     assert not set(matrix.SEEDS) & set(matrix.TUNE["seed"])  # tuned apart from what is reported
     tuned = [flags for name, ((_, flags, _), *_) in rows.items() if name.startswith("tune/")]
     grid = {(f.get("no_bs", False), f["lr"], f["clip_range"], f["seed"]) for f in tuned}
-    assert len(grid) == len(tuned) == 8 and all(flags["eval_images"] == 2 for flags in tuned)
+    assert len(grid) == len(tuned) == 12 and all(flags["eval_images"] == 2 for flags in tuned)
 
 
 def test_the_rows_that_are_committed_are_rows_of_the_table():
@@ -766,7 +766,7 @@ def test_the_report_shows_means_gains_and_the_paper(tmp_path, monkeypatch, capsy
     assert "| t2-ddpo over base | 2 |" in text and "(main/t2-ddpo-curves/curves.png)" in text
     assert (tmp_path / "main/t2-ddpo-curves/curves.png").stat().st_size > 1000
     gains = " | ".join(["+0.5000 +- 0.1250"] * 3)
-    assert f"| t2-ddpo-seed0 | 0.001 | 3 | 1.0 | 0.250 | {gains} |" in text
+    assert f"| t2-ddpo-seed0 | 0.0005 | 3 | 1.0 | 0.250 | {gains} |" in text
 
 
 def test_rows_are_run_skipped_resumed_and_copied(tmp_path, monkeypatch, capsys):
@@ -810,4 +810,4 @@ def test_rows_are_run_skipped_resumed_and_copied(tmp_path, monkeypatch, capsys):
     matrix.main(["--only", "ddpo-seed1", "--again"])
     assert len(called) == 8 and "--resume" not in called[5]
     row[0][1]["lr"] = 0.5
-    assert "lr is 0.001, the table says 0.5. --again starts anew" in fails(capsys, matrix)
+    assert "lr is 0.0005, the table says 0.5. --again starts anew" in fails(capsys, matrix)
