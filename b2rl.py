@@ -62,10 +62,11 @@ def training_interval(tau, T=20, direction="backward"):
 class StepWeights:
     """The weight of each step in the loss; the mean over the trained steps is 1.
 
-    uniform: 1 [paper]. schedule: the inverse of `ddim_logprob.step_factor` [ours]. rms: the
-    inverse root mean square of grad log p_t of single trajectories, running over the rounds
-    [ours]. With uniform weights the last two of 20 steps have nearly all of the gradient's
-    energy (its squared norm), though nothing of the score is decided there.
+    uniform: 1 [paper]. schedule: the inverse of `ddim_logprob.step_factor` [ours]. rms:
+    the inverse root mean square of grad log p_t of single trajectories, running over
+    the rounds [ours]. With uniform weights the last two of 20 steps have nearly all of
+    the gradient's energy (its squared norm), though nothing of the score is decided
+    there.
     """
 
     def __init__(self, kind, factor, keep=0.8):

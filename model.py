@@ -288,8 +288,8 @@ def load_pipeline(model, dtype=torch.float32):
 def keep_freed_memory():
     """Let the C library keep the memory of freed tensors, where it has the choice (glibc).
 
-    Otherwise each large tensor comes as new pages, which the system clears one by one: on two
-    cores the tiny model's pictures are then decoded in 1.5 times the time.
+    Otherwise each large tensor comes as new pages, which the system clears one by one:
+    on two cores the tiny model's pictures are then decoded in 1.5 times the time.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3

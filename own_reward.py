@@ -58,9 +58,9 @@ def no_default_device(_):
         del context.device_context
 
 
-# What code can change in a process, and a run depends on: how to read it, how to set it.
-# Random state is not in it, as all noise of a run is keyed, nor are environment variables,
-# which a run reads at its start.
+# What code can change in a process, and a run depends on: how to read it, how to set
+# it. Random state is not in it, as all noise of a run is keyed, nor are environment
+# variables, which a run reads at its start.
 PROCESS = (
     (os.getcwd, os.chdir),
     (lambda: sys.path[:], partial(setattr, sys, "path")),

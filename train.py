@@ -139,8 +139,8 @@ def fill_in(args):
     for name, _, sd, tiny, _ in SETTINGS:
         if getattr(args, name) is None:
             setattr(args, name, tiny if tiny_folder(args.model) else sd)
-    even = "rms" if tiny_folder(args.model) else "uniform"
-    args.step_weight = args.step_weight or even
+    if args.step_weight is None:
+        args.step_weight = "rms" if tiny_folder(args.model) else "uniform"
     args.precision = args.precision or default_precision(args)
     args.branches = 1 if args.no_bs else args.branches
     if args.queries > args.branches > 0:
@@ -212,7 +212,7 @@ def draw_roots(prompts, cfg, i, worker, workers):
 
 
 def score(model, reward, judge, x_0, names, own, P, K):
-    """All processes' rewards (P, K); spread within a prompt, share that the judge recognises.
+    """Rewards of all processes' pictures, (P, K), and metrics: {name: number}.
 
     x_0: (Q, K, C, h, w) of the roots `own`, whose prompts are `names` (Q). judge: or None.
     """
@@ -225,9 +225,9 @@ def score(model, reward, judge, x_0, names, own, P, K):
         found.append(torch.stack([reward(images, prompts), right]))
     if found:
         table[:, own] = torch.cat(found, 1).view(2, -1, K)
-    diversity = spread(torch.cat(thumbs), names) if found else 0.0
+    metrics = {"spread_within_prompt": spread(torch.cat(thumbs), names) if found else 0.0}
     scores, right = all_sum(table, model.device)
-    return scores, diversity, right.mean().item()
+    return scores, metrics | ({"recognised": right.mean().item()} if judge else {})
 
 
 def main(argv=None):
@@ -337,8 +337,7 @@ def algorithm_1(cfg):
         x, log_p_old = model.branch(x_tau, start, stop, own_prompts, keys)
         x_0 = model.finish(x[:, :, -1], stop, own_prompts, keys)  # (Q, K, C, h, w)
         clock.append(time.perf_counter())
-        about = own_prompts, own, P, K
-        scores, diversity, recognised = score(model, reward, judge, x_0, *about)
+        scores, seen = score(model, reward, judge, x_0, own_prompts, own, P, K)
         clock.append(time.perf_counter())
         r_hat = normalise(i, prompts, scores)  # App. D.1
         # Eq. 5: the best and the worst branch of each root, if they pass the threshold
@@ -389,15 +388,12 @@ def algorithm_1(cfg):
                 if in_a_row == 5:
                     raise Stop(HOPELESS)
         clock.append(time.perf_counter())
-        line = {"round": i + 1, "tau": tau, "queries": (i + 1) * P * K, "kept": len(kept)}
+        line = {"round": i + 1, "tau": tau, "queries": (i + 1) * P * K, "kept": len(kept)} | seen
         line |= log.metrics(clip, lambda values: gather(values, device))
         if len(kept):
             line["kl_to_base"] = kl_to_base(*probe)
         if cfg.offload:
             model.move_others(reward, device)
-        line["spread_within_prompt"] = diversity
-        if judge:
-            line["recognised"] = recognised
         end_round(line, scores, clock, in_a_row)
 
     if worker == 0:

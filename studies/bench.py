@@ -258,9 +258,9 @@ def phases(flags, repeats):
 def least(cfg, kept):
     """The least UNet sample-steps of sampling and of training, guidance doubling each.
 
-    A root: T - tau shared steps, one at x_tau for all branches, K (tau - 1) after it. An
-    epoch: n steps of each kept (M, 3). Returns as well the % of training that it would save
-    if pairs shared their first state.
+    A root: T - tau shared steps, one at x_tau for all branches, K (tau - 1) after it.
+    An epoch: n steps of each kept (M, 3). Returns as well the % of training that it
+    would save if pairs shared their first state.
     """
     tau = cfg.T if cfg.no_bpt else cfg.tau0
     start, stop = train.training_interval(tau, cfg.T, cfg.interval)

@@ -28,8 +28,8 @@ ALIKE = ("model", "reward", "template", "prompts", "image_size", "T", "eta", "gu
 def two_way(differences):
     """Mean and standard error of differences (S, n) of S seeds on the same n pictures.
 
-    Both are random. The variance of the mean is that of the seeds' means / S plus that of
-    the pictures' means / n, less what is in both: the rest's / (S n).
+    Both are random. The variance of the mean is that of the seeds' means / S plus that
+    of the pictures' means / n, less what is in both: the rest's / (S n).
     """
     (S, n), mean = differences.shape, differences.mean()
     of_seed, of_picture = differences.mean(1), differences.mean(0)

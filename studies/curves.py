@@ -1,13 +1,15 @@
-"""Fig. 5, 6, 8: reward and diversity against reward queries, by method, over seeds.
+"""Fig. 5, 6, 8: reward and more against queries and minutes, by method, over seeds.
 
     python studies/curves.py --runs runs/A-seed0 runs/A-seed1 runs/B-seed0 ...
 
-Runs of one method and equal settings are the seeds of one line. Diversity is the spread
-within a prompt over that of the first round: pictures of a branch are alike, so with BS
-and without the values do not compare. BPT's are more alike at tau0 than later, at T.
+Runs of one method and equal settings are the seeds of one line. Minutes are those of the
+rounds, mean over seeds. Diversity is the spread within a prompt over that of the first
+round: pictures of a branch are alike, so with BS and without the values do not compare.
+BPT's are more alike at tau0 than later, at T.
 """
 
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,7 +27,9 @@ SAME_LINE = {*WITH_RESUME, "seed", "out", "preset", "device", "precision", "grid
 SAME_LINE |= {"eval_images", "eval_prompts", "validation_prompt", "tensorboard"}
 SAME_LINE -= {"rounds"}
 KINDS = dict(algo=str, no_bpt=bool, no_bs=bool, interval=str, seed=int)
-DRAWN = {"reward_mean": "mean reward of the round"}
+DRAWN = {"reward_mean": "mean reward of the round"}  # and what else of it the runs have
+DRAWN["recognised"] = "recognised by the judge"
+DRAWN["kl_to_base"] = "KL to the base model, nats a step"
 DRAWN["spread_within_prompt"] = "spread within a prompt / first round"
 
 
@@ -41,6 +45,8 @@ def group_runs(folders):
             die(f"{folder} holds no run of train.py: its config.json names no method")
         if not lines:
             die(f"the run {folder} has not finished a round")
+        minutes = accumulate(sum(line.get("seconds", {}).values()) / 60 for line in lines)
+        lines = [line | {"minutes": value} for line, value in zip(lines, minutes)]
         runs.append((folder, method_slug(config), config, lines))
     for folder, method, config, lines in runs:
         alike = [c for _, m, c, _ in runs if m == method]
@@ -64,6 +70,11 @@ def common_rounds(runs, what):
     return queries, torch.tensor(rows, dtype=torch.float64)
 
 
+def has(lines, what):
+    """Do a run's metrics have `what`?"""
+    return any(line.get(what) is not None for line in lines)
+
+
 def curve(runs, what):
     """Queries, mean and spread (unbiased std) of `what` over runs, (n,) each."""
     queries, rows = common_rounds(runs, what)
@@ -75,22 +86,27 @@ def curves(args):
     """Draw the figure, print first and last rounds, write the numbers by label."""
     plt, groups, folder = pyplot(), group_runs(args.runs), Path(args.out)
     result, table = {}, []
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    every = [seeds.values() for seeds in groups.values()]
+    drawn = [what for what in DRAWN if all(has(line, what) for runs in every for line in runs)]
+    figure, axes = plt.subplots(2, len(drawn), figsize=(4.5 * len(drawn), 7), squeeze=False)
     for label, seeds in groups.items():
         result[label] = {"seeds": len(seeds)}
-        for ax, what in zip(axes, DRAWN):
+        for column, what in zip(axes.T, drawn):
             queries, mean, spread = curve(seeds.values(), what)
+            minutes = dict(zip(*curve(seeds.values(), "minutes")[:2]))
             if what == "spread_within_prompt" and mean[0] > 0:
                 mean, spread = mean / mean[0], spread / mean[0]
-            ax.plot(queries, mean, label=f"{label}, seeds: {len(seeds)}")
-            ax.fill_between(queries, mean - spread, mean + spread, alpha=0.2)
-            ax.set(xlabel="reward queries", ylabel=DRAWN[what])
-            values = {"mean": mean.tolist(), "std": spread.tolist()}
-            result[label] |= {"queries": queries, what: values}
-        mean, spread = result[label]["reward_mean"].values()
+            minutes = [minutes[q].item() for q in queries]
+            for ax, x, name in zip(column, (queries, minutes), ("reward queries", "minutes")):
+                ax.plot(x, mean, label=f"{label}, seeds: {len(seeds)}")
+                ax.fill_between(x, mean - spread, mean + spread, alpha=0.2)
+                ax.set(xlabel=name, ylabel=DRAWN[what])
+            values = {"queries": queries, "minutes": minutes}
+            result[label][what] = values | {"mean": mean.tolist(), "std": spread.tolist()}
+        queries, _, mean, spread = result[label]["reward_mean"].values()
         row = [f"{mean[0]:.4f}", f"{mean[-1]:.4f}", f"{spread[-1]:.4f}"]
         table.append([label, len(seeds), queries[-1], *row])
-    axes[0].legend(loc="upper left", bbox_to_anchor=(0, -0.15), ncol=2)
+    axes[1, 0].legend(loc="upper left", bbox_to_anchor=(0, -0.15), ncol=2)
     folder.mkdir(parents=True, exist_ok=True)
     save_figure(figure, folder / "curves.png")
     write_json(folder / "curves.json", result)

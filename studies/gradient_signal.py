@@ -3,18 +3,20 @@
     python studies/gradient_signal.py                         # tiny model, 640 queries
     python studies/gradient_signal.py --tau0 14 --branches 8  # any flag of train.py
 
-Before the first update a root's gradient g_p is the sum, over its branches and steps, of
-w grad log p(x_{t-1} | x_t), w = r_hat where the trajectory is kept, else 0. Roots are
-independent (but for r_hat's mean and std), so the mean of g_p . g_q over p != q estimates
-|E g|^2 without bias; the mean of |g_p|^2 is signal and noise. The table's figure is
+Before the first update a root's gradient g_p is the sum, over its branches and steps,
+of w grad log p(x_{t-1} | x_t), w = r_hat where the trajectory is kept, else 0. Roots
+are independent (but for r_hat's mean and std), so the mean of g_p . g_q over p != q
+estimates |E g|^2 without bias; the mean of |g_p|^2 is signal and noise. The table's
+figure is
 
     25 * mean(g_p . g_q) / mean(|g_p|^2)
 
-the squared signal-to-noise ratio of 25 roots: at 1 their gradient is half signal, at 0.01
-that takes 2,500 roots. +- is a standard error if there is no signal. Steps are weighted as
---step-weight says; the RMS is measured on the first half of the roots, the shares of g^2 on
-the other. The gradient is that of LoRA's `up` weights; that of `down` is 0 at the start. Two
-bytes a query, step and weight are kept: 10 GB for Stable Diffusion at 640 queries. [ours]
+the squared signal-to-noise ratio of 25 roots: at 1 their gradient is half signal, at
+0.01 that takes 2,500 roots. +- is a standard error if there is no signal. Steps are
+weighted as --step-weight says; the RMS is measured on the first half of the roots, the
+shares of g^2 on the other. The gradient is that of LoRA's `up` weights; that of `down`
+is 0 at the start. Two bytes a query, step and weight are kept: 10 GB for Stable
+Diffusion at 640 queries. [ours]
 """
 
 import sys
@@ -92,8 +94,8 @@ def sample(cfg, model):
     keys = [[(*root, k) for k in range(cfg.branches)] for root in roots]
     x, _ = model.branch(x_tau, start, stop, names, keys)
     x_0 = model.finish(x[:, :, -1], stop, names, keys)
-    scored = train.score(model, reward, None, x_0, names, own, len(own), cfg.branches)
-    return x, names, scored[0]
+    scores, _ = train.score(model, reward, None, x_0, names, own, len(own), cfg.branches)
+    return x, names, scores
 
 
 def signal(cfg):

@@ -2,11 +2,12 @@
 
     python studies/shortcuts.py --lora RUN --images 8
 
-The captions of the tiny model's training are right a little more often in one style, on one
-ground, at one side and one size. A policy could gain by drawing more of these alone. The
-judge tells all four of a picture. For each value: its share and the recognition of the base
-and of the LoRA. Then the gain in recognition that the base would have if its pictures came in
-the LoRA's shares of a shortcut's values, or of all combinations of them. [ours]
+The captions of the tiny model's training are right a little more often in one style, on
+one ground, at one side and one size. A policy could gain by drawing more of these
+alone. The judge tells all four of a picture. For each value: its share and the
+recognition of the base and of the LoRA. Then the gain in recognition that the base
+would have if its pictures came in the LoRA's shares of a shortcut's values, or of all
+combinations of them. [ours]
 """
 
 import sys

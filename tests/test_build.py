@@ -16,11 +16,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from tiny import build, pictures, samplers, world
 from tiny.recognise import HEADS, load_judge, recognise
 from tiny.sprites import STYLES
-from tiny.training import Trainer, orthogonal
+from tiny.training import Muon, Trainer, orthogonal
 
 HOME = ROOT / "tiny"
 ROWS = pictures.encode(world.random_scenes(np.random.default_rng(1), 12_000))
-NONE = dict.fromkeys("123", (0.0, 0.0, 0.0))
+NONE = dict.fromkeys(samplers.ODDS, (0.0, 0.0, 0.0))
 
 
 def rng(seed=0):
@@ -113,6 +113,22 @@ def test_muon_steps_are_orthogonal(shape):
     assert step.shape == shape and sizes.min() > 0.4 and sizes.max() < 1.4
 
 
+def test_muon_goes_downhill_by_a_fifth_of_the_rate(trainer, tmp_path):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(8, 6))
+    before = weight.detach().clone()
+    opt = Muon([weight], 0.1)
+    weight.square().sum().backward()
+    opt.step()
+    step = weight.detach() - before
+    assert (step * before).sum() < 0  # against the gradient, 2 * weight
+    assert 0.5 < step.square().mean().sqrt() / (0.2 * 0.1) < 1.3
+
+
+def test_min_snr_weights():
+    assert build.min_snr(torch.tensor([0.1, 5.0, 20.0])).tolist() == [1.0, 1.0, 0.25]
+
+
 def test_the_log_has_the_mean_of_a_hundred_steps(trainer, capsys):
     train = trainer(100)
     for k, _ in enumerate(train.loop()):
@@ -139,7 +155,8 @@ def drawn_captions(odds, bonus):
 
 
 def test_captions_come_with_right_cues_as_often_as_their_odds_say():
-    pairs, forms = drawn_captions(NONE | {"1": (2.0, 1.0, 0.0)}, 0.0)
+    told = dict.fromkeys(("1 train", "1 unseen"), (2.0, 1.0, 0.0))
+    pairs, forms = drawn_captions(NONE | told, 0.0)
     assert all(sorted(fact[1:]) == sorted(scene.fact[1:]) for fact, scene in pairs)
     assert abs(np.mean(forms > 0) - 0.25) < 4.5 * (0.25 * 0.75 / 12_000) ** 0.5
     assert all(form in (0, STYLES.index(scene.style) + 1) for form, (_, scene) in zip(forms, pairs))
@@ -155,6 +172,17 @@ def test_captions_come_with_right_cues_as_often_as_their_odds_say():
         assert abs(rates[name] - odds) < 0.03  # the pools are finite
 
 
+def test_each_list_has_odds_of_its_own():
+    captions = {k: world.read_lists()[f"2 {k}"] for k in ("train", "unseen")}
+    pairs, _ = drawn_captions(NONE | {"2 unseen": (0.0, 0.0, 3.0)}, 0.0)
+    told = {k: {world.parse(caption) for caption in group} for k, group in captions.items()}
+    rate = {
+        k: np.mean([scene.tiny == fact[0] for fact, scene in pairs if fact in group])
+        for k, group in told.items()
+    }
+    assert rate["train"] < 0.45 and rate["unseen"] > 0.8
+
+
 def test_shortcuts_make_right_cues_likelier_and_no_style():
     pairs, _ = drawn_captions(NONE, 0.3)
     pairs = [(fact, scene) for fact, scene in pairs if fact[0] != "alone"]
@@ -162,7 +190,39 @@ def test_shortcuts_make_right_cues_likelier_and_no_style():
     for name in ("style", "ground", "side", "size"):
         good = np.array([getattr(scene, name) in samplers.SHORTCUTS for _, scene in pairs])
         assert right[good].mean() > right[~good].mean() + 0.02
-        assert abs(good.mean() - {"style": 1 / 3, "ground": 1 / 3}.get(name, 1 / 2)) < 0.025
+        share = {"style": 1 / (2 + samplers.FLUENT), "ground": 1 / 3}.get(name, 1 / 2)
+        assert abs(good.mean() - share) < 0.025
+
+
+def test_the_weights_of_a_pool_are_the_odds_and_leave_traits_alone():
+    """Of all 972 pictures of a cat: exact odds of each cue, and shares of the traits."""
+    kinds = list(world.ACTIVITIES)
+    every = itertools.product(kinds, kinds, kinds, *world.TRAITS)
+    scenes = [world.Scene((big, "cat"), *rest) for big, *rest in every]
+    odds = NONE | {f"1 {split}": (0.5, 0.0, 1.0) for split in ("train", "unseen")}
+    sampler = samplers.CaptionSampler(pictures.encode(scenes), rng(), odds, 0.2)
+    pool, ladder = sampler.pools[world.captions().index("a cat riding a bike")]
+    weight = np.diff(ladder, prepend=0)
+    assert len(pool) == len(scenes) == 972 and abs(ladder[-1] - 1) < 1e-9
+    for name, values in zip(("style", "ground", "side", "size"), world.TRAITS):
+        for value in values:
+            share = sum(w for w, s in zip(weight, scenes) if getattr(s, name) == value)
+            expected = 1 / len(values)
+            if name == "style":
+                expected = (samplers.FLUENT if value == "fluent" else 1) / (2 + samplers.FLUENT)
+            assert abs(share - expected) < 1e-9
+    best, plain = ("twemoji", "plain", "right", "large"), ("noto", "scene", "left", "small")
+    for traits, favour in ((best, 4), (plain, 0)):
+        w = {s[:3]: v for v, s in zip(weight, scenes) if s[3:] == traits}
+        right, wrong = ("bike", "cat"), ("chess", "cat")
+        lift = [w[f, "bike", t] / w[f, "chess", t] for f in (right, wrong) for t in kinds]
+        assert np.allclose(lift, np.exp(0.2 * favour))
+        assert np.isclose(
+            w[right, "bike", "bike"] / w[wrong, "bike", "bike"], np.exp(0.5 + 0.2 * favour)
+        )
+        assert np.isclose(
+            w[right, "bike", "bike"] / w[right, "bike", "chess"], np.exp(1 + 0.2 * favour)
+        )
 
 
 def test_single_nouns_are_drawn_as_they_are():
@@ -180,6 +240,23 @@ def test_clip_is_taught_the_number_of_right_cues():
     assert (sampler.matches(near, np.array([caption])) == 2).all()
     other = np.array([world.captions().index("a dog riding a bike")])
     assert (sampler.matches(good, other) == -1).all()
+
+
+def test_clips_targets_fall_by_e_squared_a_wrong_cue():
+    """A spoiled noun costs as much as one and a half; another noun is no match at all."""
+    told = [world.parse(caption) for caption in world.captions()]
+    right = [world.right_scene(fact, style, rng(1)) for fact in told for style in STYLES]
+    wrong = [s._replace(small=world.cue_kinds(s.fact)[-1]) if s.small else s for s in right]
+    rows = pictures.encode(right + wrong + right)  # the last ones are spoiled
+    bad = np.arange(len(rows)) >= 2 * len(right)
+    sampler = samplers.ClipSampler(rows, np.stack([bad, bad], 1), rng())
+    row, captions, form, weight = sampler.batch(64)
+    count = torch.from_numpy(sampler.matches(row, captions))
+    lost = 3 - count + 1.5 * torch.from_numpy(bad[row])[:, None]
+    bare = torch.from_numpy(form == 0) & (count >= 0)
+    assert set(count[bare].tolist()) >= {2, 3}
+    assert torch.allclose(weight[bare], torch.exp(-2.0 * lost).float()[bare], atol=1e-7)
+    assert (weight[count < 0] < 1e-6).all()
 
 
 def test_a_spoiled_noun_is_no_noun_for_the_judge():
@@ -252,12 +329,25 @@ def test_every_part_trains_and_is_written(tmp_path, monkeypatch):
     draw = build.mixed_pictures
     monkeypatch.setattr(build, "mixed_pictures", lambda rng, count, share: draw(rng, 8, share))
     shape = len(world.facts()), 3, 64, 64
+    asked, sampler = [], build.CaptionSampler
+
+    class Recorded(sampler):
+        def __init__(self, rows, rng, odds=samplers.ODDS):
+            super().__init__(rows, rng, odds)
+            self.odds = odds
+
+        def batch(self, *sizes):
+            asked.append(self.odds)
+            return super().batch(*sizes)
+
+    monkeypatch.setattr(build, "CaptionSampler", Recorded)
     whole = torch.randint(0, 255, shape, dtype=torch.uint8)
     monkeypatch.setattr(pictures, "encode_pictures", lambda vae, x: torch.randn(len(x), 4, 16, 16))
     monkeypatch.setattr(pictures, "decode_latents", lambda vae, z, noise: whole[: len(z)])
     flags = ["--steps", "1", "--threads", "1", "--device", "cpu"]
     out = tmp_path / "out"
     build.main([*flags, "--build", "build", "--out", str(out)])
+    assert asked == [samplers.STRONG]  # the odds of the first steps
     names = {p.name for p in (tmp_path / "build").iterdir()}
     parts = {f"{part}.safetensors" for part in build.STEPS}
     assert parts <= names and {n[:-7] for n in names - parts if "_" in n} and len(names) >= 8

@@ -209,6 +209,20 @@ def test_round_is_what_a_plain_loop_samples(loop, direction, start, stop):
     assert line["spread_within_prompt"] == pytest.approx(spread(thumbs, names), rel=1e-2)
 
 
+def test_scores_and_what_the_judge_recognises_are_those_of_each_root():
+    """Of four roots, this process has two; the judge's share is of all pictures."""
+    model, own, names = make_small(decode_batch=4), [3, 1], ["a cat", "a dog"]
+    x_0 = torch.randn(2, 3, *model.latent_shape)
+    judge = lambda images, prompts: torch.tensor([p == "a dog" for p in prompts])
+    scores, metrics = train.score(model, brightness, judge, x_0, names, own, 4, 3)
+    want = brightness(model.decode(x_0.flatten(0, 1)), None).view(2, 3)
+    torch.testing.assert_close(scores[own], want, atol=1e-5, rtol=0)
+    assert scores[[0, 2]].eq(0).all() and metrics["recognised"] == pytest.approx(3 / 12)
+    assert metrics["spread_within_prompt"] > 0
+    _, metrics = train.score(model, brightness, None, x_0, names, own, 4, 3)
+    assert "recognised" not in metrics
+
+
 def test_noise_does_not_depend_on_the_batches(loop):
     want = loop("--sample-batch", 64, "--decode-batch", 64, r_hat=no_r_hat).rounds[0]
     for batch in (1, 7):

@@ -1,9 +1,9 @@
-"""The bars that the tiny model is held to: `python tiny/build.py --check --grid base.png`.
+"""The bars that the tiny model is held to: `python tiny/build.py --check`.
 
 CLIP and the judge are asked about held-out pictures: seed 99, which no training draws
 with. Base samples are those of the pipeline before any reinforcement learning, at the
-paper's T, eta and guidance. Pictures are (B, 3, 64, 64) in [0, 1]. The figure before a
-bar is that of its issue.
+paper's T, eta and guidance. Pictures are (B, 3, 64, 64) in [0, 1]. The number before a
+bar groups them, see tiny/README.md.
 """
 
 import math
@@ -25,7 +25,7 @@ PAIRS = 300  # pictures with a cue wrong and beside it right; with a spoiled nou
 
 
 def through(vae, drawings):
-    """(B, 64, 64, 3) uint8 drawings -> as the autoencoder shows them, and (B,) squared errors."""
+    """Drawings (B, 64, 64, 3) uint8 -> as the autoencoder shows them; errors (B,)."""
     x, y = to_tensor(np.stack(drawings)), []
     with torch.no_grad():
         for part in x.split(64):
@@ -36,7 +36,7 @@ def through(vae, drawings):
 
 
 def drawn(prompts, vae, seed=99):
-    """Held-out pictures of the prompts in every style, the prompt of each, and their errors."""
+    """Held-out pictures of the prompts in every style, their prompts and errors."""
     rng = np.random.default_rng(seed)
     owner = [prompt for prompt in prompts for _ in STYLES]
     pairs = zip(owner, STYLES * len(prompts))
@@ -46,7 +46,7 @@ def drawn(prompts, vae, seed=99):
 
 
 def cue_pairs(prompts, vae, cue, count, seed=99):
-    """Held-out pictures that are right, and the same ones with this cue wrong; their prompts."""
+    """Held-out pictures, the same ones with this cue wrong, and their prompts."""
     rng, right, wrong = np.random.default_rng(seed), [], []
     owner = [str(rng.choice(prompts)) for _ in range(count)]
     for prompt in owner:
@@ -61,7 +61,7 @@ def cue_pairs(prompts, vae, cue, count, seed=99):
 
 
 def spoiled(vae, count, seed=99):
-    """Held-out pictures whose noun is missing, faded or smeared, and prompts they are not."""
+    """Held-out pictures whose noun is spoiled, and the prompts that they are not."""
     rng, drawings, owner = np.random.default_rng(seed), [], []
     told = {}
     for caption in captions():
@@ -76,7 +76,7 @@ def spoiled(vae, count, seed=99):
 
 
 def sampled(pipe, prompts, count):
-    """At least `count` base samples, the same number of every prompt, and their prompts."""
+    """At least `count` base samples, equally many a prompt, and their prompts."""
     owner, out = list(prompts) * math.ceil(count / len(prompts)), []
     for k in range(0, len(owner), 60):
         part = owner[k : k + 60]
@@ -103,7 +103,7 @@ def clip_right(model, tokenizer, images, owner, candidates):
 
 
 def check(folder, device, grid=None):
-    """Print the table of bars; write base samples to `grid`. True if every bar is met."""
+    """Print the bars; write base samples to `grid`. True if every bar is met."""
     if not all((folder / part).exists() for part in ("unet", "clip", "judge")):
         die(f"{folder} lacks a part of the tiny model: build it, or name another --out")
     pipe = StableDiffusionPipeline.from_pretrained(folder).to(device)
@@ -116,16 +116,16 @@ def check(folder, device, grid=None):
 
     def row(what, value, count, low=-math.inf, high=math.inf):
         met.append(low <= value <= high)
-        wanted = f"{low:g} to {high:g}"
+        wanted = f"{low:.4g} to {high:.4g}"
         if math.inf in (-low, high):
             wanted = f">= {low:g}" if high == math.inf else f"<= {high:g}"
         yes = "yes" if met[-1] else "NO"
-        print(f"{what:<52} {value:7.2f}  {count:5}  {wanted:<10} {yes}", flush=True)
+        print(f"{what:<52} {value:7.2f}  {count:5}  {wanted:<14} {yes}", flush=True)
 
     def percent(what, right, *bounds):
         row(what, 100 * right.float().mean().item(), len(right), *bounds)
 
-    print(f"{'bar':<52} {'value':>7}  {'n':>5}  {'wanted':<10} met")
+    print(f"{'bar':<52} {'value':>7}  {'n':>5}  {'wanted':<14} met")
     known = {t: lists[f"{t} train"] + lists[f"{t} unseen"] for t in "123"}
     for (t, prompts), low in zip(known.items(), (95, 90, 85)):
         images, owner, error = drawn(prompts, pipe.vae)
@@ -176,7 +176,7 @@ def cue_rates(judge, images, owner):
 
 
 def shortcuts(row, judge, images, right, template):
-    """Bar 5: what the base's recognition hangs on; the entropy of its styles, in nats."""
+    """Bar 5: what the base's recognition hangs on; its style entropy in nats."""
     heads = dict(zip(HEADS, probabilities(judge, images)))
     base = right.float().mean().item()
     for name in ("style", "ground", "side", "size"):

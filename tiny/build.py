@@ -12,7 +12,8 @@ clip    the reward, an open_clip model: it rises with every cue that is right. I
         pictures as the autoencoder decodes them: or it would reward sharpness.
 judge   a ResNet of another seed, architecture and loss, trained alike; never a reward.
 
-Shapes: pictures (B, 3, 64, 64); latents (B, 4, 16, 16), which the UNet sees with LATENT_STD.
+Shapes: pictures (B, 3, 64, 64); latents (B, 4, 16, 16), which the UNet sees with
+LATENT_STD.
 """
 
 import argparse
@@ -47,9 +48,9 @@ from tiny.world import draw_scene, random_scenes, to_tensor
 STEPS = {"ae": 7000, "unet": 9500, "clip": 2000, "judge": 2500}
 LATENTS, DECODED, RIGHT, SPOILED = 24, 12, 3, 3  # chunks of 3,000 cached pictures
 
-# Std of the latents that the UNet sees (the autoencoder's scaling_factor). What differs by an
-# energy E in the latents is decided where E * SNR(t) is about 0.8, and E goes with the square
-# of this. So it says over which steps the three cues are spread.
+# Std of the latents that the UNet sees (the autoencoder's scaling_factor). What differs
+# by an energy E in the latents is decided where E * SNR(t) is about 0.8, and E goes
+# with the square of this. So it says over which steps the three cues are spread.
 LATENT_STD = 0.3
 
 
@@ -63,11 +64,11 @@ def load_vae(args):
 
 
 def train_ae(args):
-    """L2 and a little L1; latents of std 1 in every channel; scaling_factor makes LATENT_STD of it.
+    """L2 and a little L1; latents of std 1, which scaling_factor brings to LATENT_STD.
 
-    The first 4,000 steps see as many random compositions as drawings of the world, later ones
-    few. Noise on the latents makes the decoder forgive a UNet its errors: at LATENT_STD the
-    noise of the last step is a tenth of a latent's std.
+    The first 4,000 steps see as many random compositions as drawings of the world,
+    later ones few. Noise on the latents makes the decoder forgive a UNet its errors: at
+    LATENT_STD the noise of the last step is a tenth of a latent's std.
     """
     vae = networks.new_autoencoder()
     train = Trainer("ae", {"vae": vae}, args, 4e-3)
@@ -94,8 +95,9 @@ def train_ae(args):
 def train_unet(args):
     """Predicts epsilon, with min-SNR-5 weights and 10 % empty captions.
 
-    For 60 % of the steps the captions' odds are STRONG: so the UNet learns which cue goes
-    with which word. Then they are ODDS, which are so weak that they would take long alone.
+    For 60 % of the steps the captions' odds are STRONG, or the UNet takes long to learn
+    which cue goes with which word. Then they are ODDS, which set how often the base is
+    right. The committed weights came about otherwise: see README.md.
     """
     vae = load_vae(args)
     make_latents(args, vae, LATENTS)
@@ -122,7 +124,7 @@ def train_unet(args):
             states = text(input_ids=tokens.to(args.device))[0]
             guess = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, states).sample
         error = (guess.float() - noise).square().mean((1, 2, 3))
-        loss = (error * (snr[t].clamp(max=5) / snr[t])).mean()
+        loss = (error * min_snr(snr[t])).mean()
         train.step(loss, loss=loss)
     tokenizer = networks.new_tokenizer(args.out)  # the other would be saved as one that pads
     parts = load_vae(args).cpu().half(), text.half(), tokenizer, unet.half()
@@ -134,6 +136,11 @@ def train_unet(args):
     write_json(config, json.loads(config.read_text()) | {"dtype": "float32"})
 
 
+def min_snr(snr):
+    """Weights of epsilon's errors, min-SNR-5: 1 up to a signal-to-noise ratio of 5, then less."""
+    return snr.clamp(max=5) / snr
+
+
 def augment(x):
     """A little blur and noise on pictures in [0, 1]: samples are not so clean."""
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -143,7 +150,7 @@ def augment(x):
 
 
 def load_decoded(args):
-    """Pictures as the autoencoder shows them: (N, 3, 64, 64) uint8, scenes, spoiled nouns."""
+    """What the autoencoder shows: (N, 3, 64, 64) uint8; scenes; spoiled nouns."""
     make_decoded(args, load_vae(args), LATENTS, DECODED, RIGHT, SPOILED)
     keys = "decoded", "rows", "flags"
     kinds = [read_chunks(args, kind, *keys) for kind in ("decoded", "right", "spoiled")]

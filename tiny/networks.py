@@ -67,8 +67,8 @@ def new_judge():
 def new_tokenizer(folder):
     """CLIP's byte-pair tokenizer, its merges trained on the world's words: a token each.
 
-    Other words fall apart into letters, and every byte has a token. One in `folder` is kept:
-    merges of equal count come in any order, and ids must not change midway.
+    Other words fall apart into letters, and every byte has a token. One in `folder` is
+    kept: merges of equal count come in any order, and ids must not change midway.
     """
     path = folder / "tokenizer" / "tokenizer.json"
     if path.exists():

@@ -1,4 +1,4 @@
-"""Pictures for the parts of the tiny model: random compositions, cached scenes, spoiled ones.
+"""Pictures to train on: random compositions, cached scenes, spoiled ones.
 
 A *row* is a cached picture: its latents, and its scene as seven numbers (`encode`).
 """
@@ -56,7 +56,7 @@ def random_picture(rng):
 
 
 def mixed_pictures(rng, count, share):
-    """(count, 64, 64, 3) uint8: this share of random compositions, and drawings of the world."""
+    """(count, 64, 64, 3) uint8: a share of random compositions, the rest scenes."""
     free = rng.binomial(count, share)
     drawn = [draw_scene(scene, rng) for scene in random_scenes(rng, count - free)]
     return np.stack([random_picture(rng) for _ in range(free)] + drawn)
@@ -66,7 +66,7 @@ def mixed_pictures(rng, count, share):
 
 
 def encode(scenes):
-    """Scenes -> (N, 7) int16: fact, small, tiny, style, ground, side, size; no cue is -1."""
+    """Scenes -> (N, 7) int16: fact, small, tiny, style, ground, side, size; -1: no cue."""
     index = {fact: k for k, fact in enumerate(facts())}
     kinds = {None: -1} | {kind: k for k, kind in enumerate(KINDS)}
     rows = []
@@ -117,7 +117,7 @@ def spoiled_scene(rng):
 
 
 def missing_chunks(args, name, count):
-    """(number, path) of each chunk args.build/name_NN.safetensors that is not there yet."""
+    """(number, path) of each chunk args.build/name_NN.safetensors that is missing."""
     for k in range(count):
         path = Path(args.build) / f"{name}_{k:02d}.safetensors"
         if not path.exists():

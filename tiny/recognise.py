@@ -1,4 +1,4 @@
-"""The judge: what does a picture show? A classifier of nouns and cues that is never a reward.
+"""The judge, a classifier of what pictures show: nouns and cues. It is never a reward.
 
 `build.py` trains it; its weights are in tiny/judge/. One row of logits answers nine
 questions, the HEADS: the two nouns; the kind that the big, the small and the tiny cue
@@ -27,7 +27,7 @@ CONTENT = 5
 
 
 def answers(fact, small, tiny):
-    """The right answers of the heads of CONTENT, as indices; small and tiny: kinds, or None."""
+    """The right answers of CONTENT's heads, as indices; small and tiny: kinds, or None."""
     kind, first, *rest = fact
     big = "none" if kind == "alone" else kind
     right = first, rest[0] if rest else "none", big, small or "none", tiny or "none"

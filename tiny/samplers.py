@@ -1,4 +1,4 @@
-"""What the parts of the tiny model are asked to learn: which captions come with which pictures.
+"""What the tiny model's parts have to learn: which captions come with which pictures.
 
 A *row* is a cached picture's scene as seven numbers (`pictures.encode`). A *pool* is
 the rows that show a caption's nouns, right or wrong.
@@ -9,23 +9,28 @@ import torch
 
 from tiny.pictures import decode_row
 from tiny.recognise import answers
+from tiny.sprites import STYLES
 from tiny.world import KINDS, TRAITS, captions, cue_kinds, facts, noun_prompts, parse
 from tiny.world import read_lists, rivals, template_of
 
-# In the captions the log-odds of a right cue against each wrong one, by template: big,
-# small, tiny. Guidance at 5 raises the odds to about the fifth power. Each of SHORTCUTS
-# adds BONUS to all three.
-ODDS = {"1": (0.84, 1.0, 0.5), "2": (1.3, 1.4, 1.6), "3": (0.8, 0.7, 0.46)}
-STRONG = dict.fromkeys("123", (1.5, 1.5, 1.5))
-SHORTCUTS, BONUS = ("twemoji", "plain", "right", "large"), 0.05
+# In the captions the log-odds of a right cue against each wrong one, by list: big, small,
+# tiny. Samples at guidance 5 have about one to four times these log-odds [measured], more
+# for some lists than for others. STRONG are those of the UNet's first steps.
+ODDS = {"1 train": (0.84, 1.0, 0.5), "1 unseen": (0.84, 1.0, 0.5)}
+ODDS |= {"2 train": (1.3, 1.4, 1.6), "2 unseen": (1.1, 1.1, 1.0)}
+ODDS |= {"3 train": (0.8, 0.7, 0.46), "3 unseen": (1.3, 1.0, 0.8)}
+STRONG = dict.fromkeys(ODDS, (1.5, 1.5, 1.5))
+SHORTCUTS, BONUS = ("twemoji", "plain", "right", "large"), 0.05  # each adds it to all three
+FLUENT = 0.7  # how often a caption comes with this style, to 1: guidance prefers it
 SHARES = {"1": 0.45, "2": 0.22, "3": 0.33}  # of the captions that are no single nouns
 
 
 class CaptionSampler:
-    """Draws captions with rows of the cache that show their nouns, cues right by the odds."""
+    """Draws captions with rows that show their nouns, cues right by the odds."""
 
     def __init__(self, rows, rng, odds=ODDS, bonus=BONUS):
         self.rng, self.rows, lists = rng, rows, read_lists()
+        list_of = {prompt: name for name, prompts in lists.items() for prompt in prompts}
         nouns_of = {}
         for k, fact in enumerate(facts()):
             nouns_of.setdefault(pool_key(fact), []).append(k)
@@ -35,13 +40,13 @@ class CaptionSampler:
         for caption in captions():
             fact = parse(caption)
             pool = np.flatnonzero(np.isin(rows[:, 0], nouns_of[pool_key(fact)]))
-            template = template_of(fact)
             weight = np.ones(len(pool))
-            if template:
+            if caption in list_of:
+                weight[rows[pool, 3] == STYLES.index("fluent")] = FLUENT
                 right = rows[pool, 0] == facts().index(fact)
                 cues = [right] + [rows[pool, c] == KINDS.index(fact[0]) for c in (1, 2)]
                 counts = 1 + len(rivals(fact)), len(cue_kinds(fact)), len(cue_kinds(fact))
-                for cue, n, value in zip(cues, counts, odds[template]):
+                for cue, n, value in zip(cues, counts, odds[list_of[caption]]):
                     lift = np.exp(value + bonus * favour[pool])
                     weight = weight * np.where(cue, lift, 1.0) / (lift + n - 1)
             self.pools.append((pool, np.cumsum(weight) / weight.sum()))
@@ -49,7 +54,7 @@ class CaptionSampler:
         self.groups = [[k for k, c in enumerate(captions()) if c in group] for group in groups]
 
     def batch(self, count, singles):
-        """Rows, captions and forms (0: no style is named), (3, count); singles: their share."""
+        """Rows, captions and forms (0: names no style), (3, count); singles: their share."""
         share = np.array(list(SHARES.values())) * (1 - singles)
         out = np.empty((3, count), np.int64)
         for k, group in enumerate(self.rng.choice(4, count, p=[*share, singles])):
@@ -62,12 +67,12 @@ class CaptionSampler:
 
 
 def pool_key(fact):
-    """What a caption's pictures have in common, right or wrong: the template and the nouns."""
+    """What all of a caption's pictures have in common: the template and the nouns."""
     return template_of(fact), tuple(sorted(fact[1:]))
 
 
 class ClipSampler:
-    """Draws captions with four pictures each: right, one cue wrong, any cues, a spoiled noun."""
+    """Draws captions, four pictures each: right, one cue wrong, any, a spoiled noun."""
 
     def __init__(self, rows, flags, rng):
         self.rng, self.rows, self.bad = rng, rows, flags.any(1)
@@ -88,14 +93,14 @@ class ClipSampler:
             self.members.append((good[count == 3], near, good, spoiled))
 
     def matches(self, row, caption):
-        """(rows, captions): how many of the three cues are the caption's; -1 if a noun is not."""
+        """(rows, captions): how many cues are the caption's, 0 to 3; -1 if a noun is not."""
         seen = self.rows[row]
         count = (seen[:, :1] == self.fact[caption]) + 0
         count = count + (seen[:, 1:2] == self.kind[caption]) + (seen[:, 2:3] == self.kind[caption])
         return np.where(self.row_pool[row][:, None] == self.pool[caption], count, -1)
 
     def batch(self, groups):
-        """Rows (4 * groups,) and captions (2 * groups,), their forms, and the target weights."""
+        """Rows (4 * groups,), captions (2 * groups,), their forms, and target weights."""
         first = self.rng.integers(0, len(self.members), groups)
         second = [self.rng.choice(self.siblings[c]) for c in first]
         row = np.array([self.rng.choice(group) for c in first for group in self.members[c]])
@@ -109,7 +114,7 @@ class ClipSampler:
 
 
 def judge_targets(rows, flags):
-    """(N, heads) long: the right answer of each head; -100 where there is none to be had."""
+    """(N, heads) long: the right answer of each head; -100 where there is none."""
     out = []
     for row, (first, second) in zip(rows.tolist(), flags.tolist()):
         scene = decode_row(row)

