@@ -235,6 +235,15 @@ def test_curves_are_grouped_by_method_with_mean_and_spread_over_seeds(tmp_path, 
     assert "| ddpo | 2 | 20 | 2.0000 | 4.0000 | 2.8284 |" in capsys.readouterr().out
 
 
+def test_curves_draw_what_all_runs_have(tmp_path):
+    runs = [write_run(tmp_path / name, [1.0, 2.0], seed=k) for k, name in enumerate("ab")]
+    metrics = tmp_path / "a/metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"round"', '"kl_to_base": 0.5, "round"'))
+    curves.main(["--runs", *runs, "--out", str(tmp_path / "out")])
+    saved = json.loads((tmp_path / "out/curves.json").read_text())["ddpo"]
+    assert {*saved} == {"seeds", "reward_mean", "spread_within_prompt", "recognised"}
+
+
 def test_runs_that_are_no_seeds_of_one_line_are_told_apart_by_rounds(tmp_path):
     """Resuming may change the rounds, but another number of rounds is another tau schedule."""
     a = write_run(tmp_path / "a", [1.0], seed=0)
