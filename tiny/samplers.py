@@ -16,9 +16,9 @@ from tiny.world import read_lists, rivals, template_of
 # In the captions the log-odds of a right cue against each wrong one, by list: big, small,
 # tiny. Samples at guidance 5 have about one to four times these log-odds [measured], more
 # for some lists than for others. STRONG are those of the UNet's first steps.
-ODDS = {"1 train": (1.0, 1.1, 0.9), "1 unseen": (1.0, 1.1, 0.9)}
-ODDS |= {"2 train": (1.3, 1.4, 1.6), "2 unseen": (0.9, 0.9, 0.6)}
-ODDS |= {"3 train": (0.8, 0.7, 0.46), "3 unseen": (2.0, 1.0, 1.2)}
+ODDS = {"1 train": (0.8, 0.9, 0.5), "1 unseen": (0.8, 0.9, 0.5)}
+ODDS |= {"2 train": (1.3, 1.4, 1.6), "2 unseen": (1.0, 1.0, 0.9)}
+ODDS |= {"3 train": (0.9, 0.8, 0.5), "3 unseen": (1.8, 1.2, 1.2)}
 STRONG = dict.fromkeys(ODDS, (1.5, 1.5, 1.5))
 SHORTCUTS, BONUS = ("twemoji", "plain", "right", "large"), 0.05  # each adds it to all three
 FLUENT = 0.7  # how often a caption comes with this style, to 1: guidance prefers it
