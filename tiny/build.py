@@ -45,7 +45,7 @@ from tiny.sprites import HOME, render_sprites
 from tiny.training import Trainer
 from tiny.world import draw_scene, random_scenes, to_tensor
 
-STEPS = {"ae": 7000, "unet": 9500, "clip": 2000, "judge": 2500}
+STEPS = {"ae": 7000, "unet": 13500, "clip": 2000, "judge": 2500}
 LATENTS, DECODED, RIGHT, SPOILED = 24, 12, 3, 3  # chunks of 3,000 cached pictures
 
 # Std of the latents that the UNet sees (the autoencoder's scaling_factor). What differs
