@@ -782,7 +782,7 @@ def test_the_report_shows_means_gains_and_the_paper(tmp_path, monkeypatch, capsy
     assert "| t2-ddpo over base | 2 |" in text and "(main/t2-ddpo-curves/curves.png)" in text
     assert (tmp_path / "main/t2-ddpo-curves/curves.png").stat().st_size > 1000
     gains = " | ".join(["+0.5000 +- 0.1250"] * 3)
-    assert f"| t2-ddpo-seed0 | 0.0005 | 3 | 1.0 | 0.250 | {gains} |" in text
+    assert f"| t2-ddpo-seed0 | 0.001 | 3 | 1.0 | 0.250 | {gains} |" in text
 
 
 def test_rows_are_run_skipped_resumed_and_copied(tmp_path, monkeypatch, capsys):
@@ -826,4 +826,4 @@ def test_rows_are_run_skipped_resumed_and_copied(tmp_path, monkeypatch, capsys):
     matrix.main(["--only", "ddpo-seed1", "--again"])
     assert len(called) == 8 and "--resume" not in called[5]
     row[0][1]["lr"] = 0.5
-    assert "lr is 0.0005, the table says 0.5. --again starts anew" in fails(capsys, matrix)
+    assert "lr is 0.001, the table says 0.5. --again starts anew" in fails(capsys, matrix)
