@@ -88,7 +88,8 @@ def curves(args):
     result, table = {}, []
     every = [seeds.values() for seeds in groups.values()]
     drawn = [what for what in DRAWN if all(has(line, what) for runs in every for line in runs)]
-    figure, axes = plt.subplots(2, len(drawn), figsize=(4.5 * len(drawn), 7), squeeze=False)
+    size, layout = (4.5 * len(drawn), 7), "constrained"
+    figure, axes = plt.subplots(2, len(drawn), figsize=size, layout=layout, squeeze=False)
     for label, seeds in groups.items():
         result[label] = {"seeds": len(seeds)}
         for column, what in zip(axes.T, drawn):
