@@ -5,7 +5,8 @@
 Runs of one method and equal settings are the seeds of one line. Minutes are those of the
 rounds, mean over seeds. Diversity is the spread within a prompt over that of the first
 round: pictures of a branch are alike, so with BS and without the values do not compare.
-BPT's are more alike at tau0 than later, at T.
+BPT's are more alike at tau0 than later, at T. Style entropy is drawn at the rounds whose LoRA
+eval.py has scored with --out RUN/eval-round0004, and so on; the last in RUN/eval-train.
 """
 
 import sys
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from eval import guarded
-from files import write_json
+from files import read_json, write_json
 from processes import Parser, die
 from run_folder import WITH_RESUME, method_slug, read_config, read_metrics
 from studies.common import markdown, pyplot, save_figure
@@ -30,6 +31,7 @@ KINDS = dict(algo=str, no_bpt=bool, no_bs=bool, interval=str, seed=int)
 DRAWN = {"reward_mean": "mean reward of the round"}  # and what else of it the runs have
 DRAWN["recognised"] = "recognised by the judge"
 DRAWN["kl_to_base"] = "KL to the base model, nats a step"
+DRAWN["style_entropy"] = "style entropy, nats"
 DRAWN["spread_within_prompt"] = "spread within a prompt / first round"
 
 
@@ -47,6 +49,7 @@ def group_runs(folders):
             die(f"the run {folder} has not finished a round")
         minutes = accumulate(sum(line.get("seconds", {}).values()) / 60 for line in lines)
         lines = [line | {"minutes": value} for line, value in zip(lines, minutes)]
+        lines = [line | style_entropy(folder, line, lines[-1]) for line in lines]
         runs.append((folder, method_slug(config), config, lines))
     for folder, method, config, lines in runs:
         alike = [c for _, m, c, _ in runs if m == method]
@@ -58,6 +61,14 @@ def group_runs(folders):
             die(f"{given[label, seed]} and {folder} are one run: {label}, seed {seed}")
         groups[label][seed], given[label, seed] = lines, folder
     return groups
+
+
+def style_entropy(folder, line, last):
+    """{"style_entropy": nats} of the tiny model after a round, if eval.py has scored it."""
+    name = "eval-train" if line is last else f"eval-round{line.get('round', 0):04d}"
+    results = (read_json(Path(folder) / name / "scores.json") or {}).get("results", {})
+    found = [row["style entropy"] for row in results.values() if "style entropy" in row]
+    return {"style_entropy": found[0]} if found else {}
 
 
 def common_rounds(runs, what):

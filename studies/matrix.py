@@ -84,6 +84,14 @@ def scoring(template, folder, **model):
         yield "eval.py", model | flags, f"{folder}/eval-{split}"
 
 
+def between(template, folder):
+    """The steps that score the LoRAs kept on the way: style entropy over queries, for curves."""
+    for done in (4, 8):  # of 12
+        lora = f"runs/{folder}/lora-round{done:04d}.safetensors"
+        flags = dict(lora=lora, no_base=True, template=template, metrics="clip")
+        yield "eval.py", flags | dict(images=IMAGES["train"]), f"{folder}/eval-round{done:04d}"
+
+
 def rows():
     """{<set>/<row>: [(script, flags, folder)]}, in order."""
     out, base = {}, dict(model=COMMON["model"])
@@ -100,7 +108,8 @@ def rows():
             name = f"main/{prefix(algo, template, method)}-seed{seed}"
             settings = training(algo, template, method, **CHOSEN, seed=seed)
             train = ("train.py", settings, name)
-            add(name, train, *scoring(template, name, lora=f"runs/{name}", no_base=True))
+            steps = scoring(template, name, lora=f"runs/{name}", no_base=True)
+            add(name, train, *steps, *between(template, name) if template == 1 else ())
         # Fig. 4: a noise a column, a method of the paper a row. Fig. 9: unseen prompts
         names = [prefix(algo, template, method) for method in methods[:4]]
         loras = [f"runs/main/{name}-seed{SEEDS[0]}" for name in names]

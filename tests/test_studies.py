@@ -3,6 +3,7 @@
 import builtins
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -242,6 +243,24 @@ def test_curves_draw_what_all_runs_have(tmp_path):
     curves.main(["--runs", *runs, "--out", str(tmp_path / "out")])
     saved = json.loads((tmp_path / "out/curves.json").read_text())["ddpo"]
     assert {*saved} == {"seeds", "reward_mean", "spread_within_prompt", "recognised"}
+
+
+def test_style_entropy_is_drawn_where_eval_has_scored_it(tmp_path):
+    """After rounds 1 and 3, the last; of round 2 one of the runs has none."""
+    runs = [write_run(tmp_path / name, [1.0, 2.0, 3.0], seed=k) for k, name in enumerate("ab")]
+    for name, nats in (("round0001", 1.0), ("round0003", 9.0), ("train", 0.5)):
+        for k, run in enumerate(runs):
+            folder = Path(run) / f"eval-{name}"
+            folder.mkdir()
+            row = {"style entropy": nats + 0.2 * k, "n": 8}
+            (folder / "scores.json").write_text(json.dumps({"results": {"lora": row}}))
+    (tmp_path / "a/eval-round0002").mkdir()
+    (tmp_path / "a/eval-round0002/scores.json").write_text('{"results": {"lora": {"n": 8}}}')
+    curves.main(["--runs", *runs, "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out/curves.json").read_text())["ddpo"]["style_entropy"]
+    assert found["queries"] == [10, 30] and found["minutes"] == [1, 6]
+    assert found["mean"] == pytest.approx([1.1, 0.6])
+    assert found["std"] == pytest.approx([0.2 / 2**0.5] * 2)
 
 
 def test_runs_that_are_no_seeds_of_one_line_are_told_apart_by_rounds(tmp_path):
@@ -814,16 +833,18 @@ def test_rows_are_run_skipped_resumed_and_copied(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "results").exists()
     matrix.main([])
     resumed = ["train.py", "--resume", "runs/main/ddpo-seed1"]
-    assert [words[0] for words in called] == ["train.py"] * 2 + ["eval.py"] * 3
+    assert [words[0] for words in called] == ["train.py"] * 2 + ["eval.py"] * 5
     assert called[1] == resumed and called[0][-1] == "runs/main/ddpo-seed1"
     assert called[3] == called[4] != called[2]  # the last step alone is done again
+    assert called[5][2] == "runs/main/ddpo-seed1/lora-round0004.safetensors"
+    assert called[5][-1] == "runs/main/ddpo-seed1/eval-round0004"
     kept = sorted(p.name for p in (tmp_path / "results/main/ddpo-seed1").rglob("*.*"))
-    assert kept == ["config.json", *["metrics.jsonl"] * 3, *["scores.json"] * 2, "summary.json"]
+    assert kept == ["config.json", *["metrics.jsonl"] * 5, *["scores.json"] * 4, "summary.json"]
     matrix.main(["--only", "ddpo-*"])
-    assert len(called) == 5 and "main/ddpo-seed1: done" in capsys.readouterr().out
+    assert len(called) == 7 and "main/ddpo-seed1: done" in capsys.readouterr().out
     matrix.main(["--list"])
     assert "main/ddpo-seed1: done\n    python train.py --model tiny" in capsys.readouterr().out
     matrix.main(["--only", "ddpo-seed1", "--again"])
-    assert len(called) == 8 and "--resume" not in called[5]
+    assert len(called) == 12 and "--resume" not in called[7]
     row[0][1]["lr"] = 0.5
     assert "lr is 0.001, the table says 0.5. --again starts anew" in fails(capsys, matrix)

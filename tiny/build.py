@@ -37,7 +37,7 @@ from files import write_json, write_safetensors
 from processes import die
 from tiny import networks
 from tiny.bars import check
-from tiny.pictures import decode_latents, encode_pictures, make_decoded, make_latents
+from tiny.pictures import decode_latents, encode_pictures, half, make_decoded, make_latents
 from tiny.pictures import mixed_pictures, read_chunks
 from tiny.recognise import answers, split_heads
 from tiny.samplers import STRONG, CaptionSampler, ClipSampler, judge_targets
@@ -77,7 +77,7 @@ def train_ae(args):
         x = to_tensor(mixed_pictures(train.rng, 8, share))
         x = x.to(args.device, memory_format=torch.channels_last)
         level = (0.02 + 0.12 * torch.rand(())) * torch.rand(8, 1, 1, 1).to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
+        with half(args.device):
             z = vae.encode(x).latent_dist.mean
             y = vae.decode(z + level * torch.randn_like(z)).sample
         error, z = y.float() - x, z.float()
@@ -120,7 +120,7 @@ def train_unet(args):
         tokens = torch.where(torch.rand(64, 1) < 0.1, empty, ids[caption, form])
         t, noise = torch.randint(0, 1000, (64,), device=args.device), torch.randn_like(z)
         a = alpha[t].view(-1, 1, 1, 1)
-        with torch.autocast(args.device, torch.bfloat16):
+        with half(args.device):
             states = text(input_ids=tokens.to(args.device))[0]
             guess = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, states).sample
         error = (guess.float() - noise).square().mean((1, 2, 3))
@@ -170,7 +170,7 @@ def train_clip(args):
         weight = weight.to(args.device)
         x = pictures[rows].to(args.device, memory_format=torch.channels_last)
         x = augment(x / 255)
-        with torch.autocast(args.device, torch.bfloat16):
+        with half(args.device):
             image = model.encode_image(x * 2 - 1)
             text = model.encode_text(ids[caption, form].to(args.device))
         image, text = F.normalize(image.float()), F.normalize(text.float())
@@ -196,7 +196,7 @@ def train_judge(args):
         rows = train.rng.integers(0, len(pictures), 64)
         x = pictures[rows].to(args.device, memory_format=torch.channels_last)
         x = augment(x / 255)
-        with torch.autocast(args.device, torch.bfloat16):
+        with half(args.device):
             heads = split_heads(model(x * 2 - 1).logits.float())
         wanted = targets[rows].to(args.device)
         pairs = list(zip(heads, wanted.T))
