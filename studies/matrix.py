@@ -62,7 +62,8 @@ MATRIX = (
     ("dpok", 1, TWO, (None, 0.0220)),
     ("dpo", 1, TWO, (None, 0.0156)),
 )
-STUDIES = {"table5": dict(roots=128, branches=4), "last_step": dict(roots=128), "tree": {}}
+STUDIES = {"table5": ("table5", {}), "last-step": ("last_step", dict(roots=128))}
+STUDIES |= {f"table5-t{t}": ("table5", dict(template=t)) for t in (2, 3)} | {"tree": ("tree", {})}
 
 
 def prefix(algo, template, method):
@@ -117,9 +118,8 @@ def rows():
             grid = {"train": "grid", "unseen": "grid-unseen"}[split]
             name = f"main/{prefix(algo, template, grid)}"
             add(name, ("eval.py", dict(lora=loras, template=template, split=split, images=1), name))
-    for study, flags in STUDIES.items():
-        name = f"main/{study.replace('_', '-')}"
-        add(name, (f"studies/{study}.py", flags | base, name))
+    for row, (study, flags) in STUDIES.items():
+        add(f"main/{row}", (f"studies/{study}.py", flags | base, f"main/{row}"))
     for method, lr, clip, seed in product(*TUNE.values()):
         name = f"tune/{prefix('ddpo', 1, method)}-lr{lr:g}-clip{clip:g}-seed{seed}"
         more = dict(lr=lr, clip_range=clip, seed=seed, eval_images=2)
@@ -139,7 +139,8 @@ def command(script, flags, folder):
 
 def is_done(root, script, _, folder):
     """Does the last file that a step writes lie in its folder under `root`?"""
-    last = {"train.py": "summary", "eval.py": "scores"}.get(script, Path(folder).name)
+    name = Path(script).stem.replace("_", "-")
+    last = {"train": "summary", "eval": "scores"}.get(name, name)
     return (root / folder / f"{last}.json").exists()
 
 
@@ -265,8 +266,9 @@ def report():
             out += [f"## {algo}, template {template}", ""]
             out += [*comparison(algo, template, methods, paper), ""]
             out += [f"![reward over queries]({target}/curves.png)", ""]
-    shares = read_json(RESULTS / "main/table5/table5.json")
-    out += ["## Table 5", "", *(table5.table(shares) if shares else []), ""]
+    for template, row in enumerate(("table5", "table5-t2", "table5-t3"), 1):
+        if shares := read_json(RESULTS / f"main/{row}/table5.json"):
+            out += [f"## Table 5, template {template}", "", *table5.table(shares), ""]
     for title, group in (("Training runs", "main"), ("The learning-rate grid", "tune")):
         out += [f"## {title}", "", *run_table(group), ""]
     write_text(RESULTS / "tables.md", "\n".join(out))

@@ -680,7 +680,7 @@ def test_every_row_has_flags_that_exist_equal_queries_and_updates(tmp_path, monk
         assert c["update_size"] == (128 if c["no_bs"] else 32)  # Table 6: four times
         assert c["epochs"] == (1 if c["no_bs"] else 2)
     base = [(name, args) for name, args in drawn if not args.lora]
-    assert len(base) == 2 * 3 + 3  # the base model is drawn as it was trained
+    assert len(base) == 2 * 3 + 5  # the base model is drawn as it was trained
     for name, args in base:
         for what in ("T", "eta", "guidance", "model"):
             assert getattr(args, what) == configs[0][what], name
@@ -795,9 +795,14 @@ def test_the_report_shows_means_gains_and_the_paper(tmp_path, monkeypatch, capsy
         part = {"gain": 0.5, "error": 0.125}
         lists = ("train_score", "unseen_score", "train_recognised")
         (folder / "summary.json").write_text(json.dumps({k: part for k in lists}))
+    (tmp_path / "main/table5-t2").mkdir()
+    shares = (ROOT / "results/main/table5/table5.json").read_text()
+    (tmp_path / "main/table5-t2/table5.json").write_text(shares)
     matrix.main(["--report"])
     matrix.main(["--report"])  # it replaces its own picture and numbers
     text = (tmp_path / "tables.md").read_text()
+    assert "## Table 5, template 2\n\n| branching at t | 2 |" in text
+    assert "Table 5, template 1" not in text
     assert "| t2-ddpo over base | 2 |" in text and "(main/t2-ddpo-curves/curves.png)" in text
     assert (tmp_path / "main/t2-ddpo-curves/curves.png").stat().st_size > 1000
     gains = " | ".join(["+0.5000 +- 0.1250"] * 3)
