@@ -110,7 +110,8 @@ def curves(args):
                 mean, spread = mean / mean[0], spread / mean[0]
             minutes = [minutes[q].item() for q in queries]
             for ax, x, name in zip(column, (queries, minutes), ("reward queries", "minutes")):
-                ax.plot(x, mean, label=f"{label}, seeds: {len(seeds)}")
+                mark = "o" if len(x) < 4 else ""
+                ax.plot(x, mean, marker=mark, label=f"{label}, seeds: {len(seeds)}")
                 ax.fill_between(x, mean - spread, mean + spread, alpha=0.2)
                 ax.set(xlabel=name, ylabel=DRAWN[what])
             values = {"queries": queries, "minutes": minutes}
