@@ -396,6 +396,14 @@ def test_the_script_finds_its_modules_from_elsewhere(tmp_path, monkeypatch, caps
 # ---------------------------------------------------------------- the committed files
 
 
+@pytest.mark.parametrize("found, quick", [("AVX2", False), ("DEFAULT", False), ("AVX512", True)])
+def test_bfloat16_is_used_where_the_cpu_is_quick_at_it(found, quick, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: found)
+    with pictures.half("cpu"):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if quick else torch.float32)
+
+
 def test_files_are_small_and_hold_no_pickle():
     files = [p for p in HOME.rglob("*") if p.is_file() and p.parent.name != "__pycache__"]
     assert sum(p.stat().st_size for p in files) < 30e6

@@ -679,6 +679,11 @@ def test_every_row_has_flags_that_exist_equal_queries_and_updates(tmp_path, monk
             assert c[what] == configs[0][what], what
         assert c["update_size"] == (128 if c["no_bs"] else 32)  # Table 6: four times
         assert c["epochs"] == (1 if c["no_bs"] else 2)
+    for name, args in drawn:  # a line of style entropy, round 4 to the last: equal pictures
+        if "seed" in name:
+            assert args.images == matrix.IMAGES[args.split], (name, args.out)
+        if "table5" in name:
+            assert args.template == int((name + "-t1").split("-t")[1])
     base = [(name, args) for name, args in drawn if not args.lora]
     assert len(base) == 2 * 3 + 5  # the base model is drawn as it was trained
     for name, args in base:
@@ -690,6 +695,15 @@ def test_every_row_has_flags_that_exist_equal_queries_and_updates(tmp_path, monk
     tuned = [flags for name, ((_, flags, _), *_) in rows.items() if name.startswith("tune/")]
     grid = {(f.get("no_bs", False), f["lr"], f["clip_range"], f["seed"]) for f in tuned}
     assert len(grid) == len(tuned) == 6 and all(flags["eval_images"] == 2 for flags in tuned)
+
+
+def test_a_study_is_done_when_its_numbers_are_there(tmp_path):
+    for row, numbers in (("table5-t2", "table5"), ("last-step", "last-step"), ("tree", "tree")):
+        (step,) = matrix.rows()[f"main/{row}"]
+        assert not matrix.is_done(tmp_path, *step)
+        (tmp_path / "main" / row).mkdir(parents=True)
+        (tmp_path / f"main/{row}/{numbers}.json").write_text("{}")
+        assert matrix.is_done(tmp_path, *step), row
 
 
 def test_the_rows_that_are_committed_are_rows_of_the_table():
