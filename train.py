@@ -62,7 +62,7 @@ SETTINGS = (
     ("threshold", float, 0.5, 0.5, "score threshold on r_hat, Eq. 5 [paper, Table 6]"),
     ("window", int, 8, 8, "past rounds in the mean and std of r_hat, App. D.1 [official]"),
     ("min_count", int, 0, 16, "below as many scores a prompt takes the round's mean [ddpo 16]"),
-    ("rounds", int, 100, 12, "rounds N [official; tiny: ours]"),
+    ("rounds", int, 100, 24, "rounds N [official; tiny: ours]"),
     ("queries", int, 256, 192, "reward queries a round: roots x branches [paper 25.6k]"),
     ("epochs", int, 2, 2, "passes over a round's data [official]"),
     ("update_size", int, 64, 32, "trajectories an update [Table 6: 2 x 32; DDPO 2 x 128]"),

@@ -105,11 +105,11 @@ def test_muon_has_the_matrices_inside_and_adamw_the_rest(trainer, tmp_path):
     assert [k for k, owner in train.owner.items() if owner == "muon"] == ["net.mid.weight"]
 
 
-@pytest.mark.parametrize("shape", [(16, 4, 3, 3), (48, 6), (8, 8)])
+@pytest.mark.parametrize("shape", [(3, 16, 36), (48, 6), (8, 8)])
 def test_muon_steps_are_orthogonal(shape):
     torch.manual_seed(0)
     step = orthogonal(torch.randn(shape))
-    sizes = torch.linalg.svdvals(step.flatten(1))
+    sizes = torch.linalg.svdvals(step)
     assert step.shape == shape and sizes.min() > 0.4 and sizes.max() < 1.4
 
 

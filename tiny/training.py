@@ -17,39 +17,48 @@ from files import read_safetensors, write_safetensors
 
 
 def orthogonal(g, steps=5):
-    """About the nearest semi-orthogonal matrix to g (n, ...), flattened to (n, m)."""
+    """About the nearest semi-orthogonal matrices to g (..., n, m)."""
     a, b, c = 3.4445, -4.7750, 2.0315  # Newton-Schulz: singular values go to 0.7 .. 1.2
-    x = g.flatten(1)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if tall else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        s = x @ x.T
+        s = x @ x.mT
         x = a * x + (b * s + c * s @ s) @ x
-    return (x.T if tall else x).reshape(g.shape)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum; a step's RMS is 0.2 of the rate, about as AdamW's is."""
+    """Orthogonalised momentum; a step's RMS is 0.2 of the rate, about as AdamW's is.
+
+    Matrices of one shape are turned together: a GPU waits for the launches of its kernels.
+    """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(params, defaults)
 
+    def ahead(self, p, momentum):
+        """Update the running mean of p's gradient; Nesterov's look ahead, as a matrix."""
+        state = self.state[p]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(p)
+        mean = state["exp_avg"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(mean, momentum).flatten(1)
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = defaultdict(list)
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if "exp_avg" not in state:
-                    state["exp_avg"] = torch.zeros_like(p)
-                mean = state["exp_avg"].lerp_(p.grad, 1 - group["momentum"])
-                ahead = p.grad.lerp(mean, group["momentum"])
-                size = 0.2 * max(ahead.flatten(1).shape) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(orthogonal(ahead), alpha=-group["lr"] * size)
+                if p.grad is not None:
+                    alike[p.flatten(1).shape].append(p)
+            for shape, params in alike.items():
+                ahead = torch.stack([self.ahead(p, group["momentum"]) for p in params])
+                rate = group["lr"] * 0.2 * max(shape) ** 0.5
+                for p, turned in zip(params, orthogonal(ahead)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(turned.reshape(p.shape), alpha=-rate)
 
 
 # Matrices that touch pixels, words or classes get AdamW, as all vectors do
@@ -143,10 +152,10 @@ class Trainer:
         self.done += 1
         keep = min(self.keep, (1 + self.done) / (20 + self.done))
         live = self.modules.state_dict()
-        for key, mean in self.mean.items():
-            mean.lerp_(live[key], 1 - keep)
+        torch._foreach_lerp_([*self.mean.values()], [live[k] for k in self.mean], 1 - keep)
         for key, value in values.items():
-            self.sums[key].append(value.item())
+            self.sums[key].append(value.detach())
         if self.done % 100 == 0:
-            self.say(" ".join(f"{k} {np.mean(v):.4f}" for k, v in self.sums.items()))
+            means = {k: torch.stack(v).mean().item() for k, v in self.sums.items()}
+            self.say(" ".join(f"{k} {value:.4f}" for k, value in means.items()))
             self.sums.clear()
