@@ -125,6 +125,21 @@ def test_muon_goes_downhill_by_a_fifth_of_the_rate(trainer, tmp_path):
     assert 0.5 < step.square().mean().sqrt() / (0.2 * 0.1) < 1.3
 
 
+def test_muon_steps_of_one_shape_are_as_if_alone():
+    torch.manual_seed(0)
+    starts = [torch.randn(8, 4, 3, 3), torch.randn(8, 36), torch.randn(36, 8)]
+    together, alone = ([torch.nn.Parameter(x.clone()) for x in starts] for _ in range(2))
+    for params in (together, *([p] for p in alone)):
+        opt = Muon(params, 0.1, weight_decay=0.1)
+        for _ in range(3):
+            sum(p.sin().sum() for p in params).backward()
+            opt.step()
+            opt.zero_grad()
+    for start, p, q in zip(starts, together, alone):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        assert (p - start).abs().mean() > 0.01
+
+
 def test_min_snr_weights():
     assert build.min_snr(torch.tensor([0.1, 5.0, 20.0])).tolist() == [1.0, 1.0, 0.25]
 
