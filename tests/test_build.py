@@ -113,9 +113,10 @@ def test_muon_steps_are_orthogonal(shape):
     assert step.shape == shape and sizes.min() > 0.4 and sizes.max() < 1.4
 
 
-def test_muon_goes_downhill_by_a_fifth_of_the_rate(trainer, tmp_path):
+@pytest.mark.parametrize("shape", [(8, 6), (64, 4), (4, 64)])
+def test_muon_goes_downhill_by_a_fifth_of_the_rate(shape):
     torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(8, 6))
+    weight = torch.nn.Parameter(torch.randn(shape))
     before = weight.detach().clone()
     opt = Muon([weight], 0.1)
     weight.square().sum().backward()
@@ -123,6 +124,15 @@ def test_muon_goes_downhill_by_a_fifth_of_the_rate(trainer, tmp_path):
     step = weight.detach() - before
     assert (step * before).sum() < 0  # against the gradient, 2 * weight
     assert 0.5 < step.square().mean().sqrt() / (0.2 * 0.1) < 1.3
+
+
+def test_muons_running_mean_is_of_twenty_gradients():
+    weight, grads = torch.nn.Parameter(torch.zeros(3, 3)), torch.randn(2, 3, 3)
+    opt = Muon([weight], 0.1)
+    for weight.grad in grads:
+        opt.step()
+    mean = opt.state[weight]["exp_avg"]
+    torch.testing.assert_close(mean, 0.05 * (0.95 * grads[0] + grads[1]))
 
 
 def test_muon_steps_of_one_shape_are_as_if_alone():
