@@ -658,7 +658,7 @@ def test_every_row_has_flags_that_exist_equal_queries_and_updates(tmp_path, monk
         for script, flags, folder in steps:
             file, *argv = matrix.command(script, flags, folder)
             if "lora-round" in str(flags.get("lora")):  # a LoRA that the row's run keeps
-                assert int(flags["lora"][-16:-12]) % args.save_every == 0
+                assert int(flags["lora"][-16:-12]) % configs[-1]["save_every"] == 0
             if file == "train.py":
                 args = train.parse_args(argv)
                 configs.append(vars(args))
