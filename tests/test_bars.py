@@ -52,6 +52,26 @@ def test_samples_have_noise_of_their_own_whatever_the_batch():
     assert owner == prompts * 3 and images.shape == (90, 3, 64, 64)
     assert images[:, 0, 5, 5].tolist() == [len(p) for p in owner]
     assert images[:, 1, 5, 5].tolist() == list(range(1000, 1090))
+    assert bars.sampled(Pipe(), ["x"], 2, 5)[0][:, 1, 5, 5].tolist() == [5, 6]
+
+
+def test_base_rates_are_the_shares_that_the_judge_recognises(monkeypatch):
+    lists = {"1 train": ["a cat", "a dog", "a lion"], "1 unseen": ["a fox", "a hen"]}
+    asked, known = [], ("a cat", "a lion", "a hen")
+
+    def sampled(pipe, prompts, count, seed):
+        asked.append((pipe, count, seed))
+        return "images", prompts
+
+    def judge(judge, images, owner):
+        assert (judge, images) == ("judge", "images")
+        return torch.tensor([prompt in known for prompt in owner])
+
+    new = dict(read_lists=lambda: lists, sampled=sampled, recognise=judge)
+    for name, value in new.items():
+        monkeypatch.setattr(bars, name, value)
+    assert bars.base_rates("pipe", "judge", 5, 7) == {"1 train": 0.667, "1 unseen": 0.5}
+    assert asked == [("pipe", 5, 7)] * 2
 
 
 @pytest.fixture

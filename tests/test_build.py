@@ -57,10 +57,11 @@ def test_a_training_that_was_cut_off_goes_on_where_it_was(trainer):
     turn(whole)
     cut = trainer(6)
     turn(cut, 3)
-    assert cut.done == 3
+    assert cut.done == 3 and cut.extra == {}
+    cut.extra["odds"] = {"a list": [0.5, 1.0]}
     cut.save()
     cut = trainer(6)
-    assert cut.done == 3
+    assert cut.done == 3 and cut.extra == {"odds": {"a list": [0.5, 1.0]}}
     turn(cut)
     assert cut.done == 6
     assert cut.mean.keys() == whole.mean.keys()
@@ -84,6 +85,17 @@ def test_the_end_leaves_the_running_mean_and_more_steps_go_on(trainer):
     assert more.done == 5 and torch.equal(more.modules["net"][0].weight, seen[-1])
     turn(more)
     assert more.done == 7
+
+
+def test_the_mean_can_be_tried_between_two_steps(trainer):
+    train = trainer(9)
+    turn(train, 5)
+    live = {k: v.clone() for k, v in train.modules.state_dict().items()}
+    with train.averaged():
+        inside = {k: v.clone() for k, v in train.modules.state_dict().items()}
+    assert all(torch.equal(inside[k], train.mean[k]) for k in train.mean)
+    assert not torch.equal(inside["net.0.weight"], live["net.0.weight"])
+    assert all(torch.equal(v, live[k]) for k, v in train.modules.state_dict().items())
 
 
 def test_the_rate_warms_up_and_falls_to_a_hundredth(trainer):
@@ -217,6 +229,21 @@ def test_shortcuts_make_right_cues_likelier_and_no_style():
         assert right[good].mean() > right[~good].mean() + 0.02
         share = {"style": 1 / (2 + samplers.FLUENT), "ground": 1 / 3}.get(name, 1 / 2)
         assert abs(good.mean() - share) < 0.025
+
+
+def test_odds_follow_the_base():
+    """Three cues that are right with probability p each: a picture is with p ** 3."""
+    cue = lambda p: math.log(p / (1 - p))
+    rare, wanted, often = 0.5**3, samplers.WANTED, 0.9**3
+    odds = {"a": (0.1, 0.2, 0.3), "b": (1.0, 2.0, 3.0), "c": (1.5, 1.5, 1.5)}
+    moved = samplers.follow(odds, {"a": rare, "b": wanted, "c": often}, gain=0.5)
+    p = wanted ** (1 / 3)
+    assert np.allclose(moved["a"], np.array(odds["a"]) + 0.5 * cue(p), atol=1e-3)
+    assert moved["b"] == [1.0, 2.0, 3.0]
+    assert np.allclose(moved["c"], 1.5 - 0.5 * (cue(0.9) - cue(p)), atol=1e-3)
+    for rate in (0.0, 1.0):
+        (shift,) = set(samplers.follow({"a": (0.0, 0.0)}, {"a": rate})["a"])
+        assert 0.5 < abs(shift) < 1.25 and (shift > 0) == (rate < wanted)
 
 
 def test_the_weights_of_a_pool_are_the_odds_and_leave_traits_alone():
@@ -373,6 +400,17 @@ def test_every_part_trains_and_is_written(tmp_path, monkeypatch):
     out = tmp_path / "out"
     build.main([*flags, "--build", "build", "--out", str(out)])
     assert asked == [samplers.STRONG]  # the odds of the first steps
+    asked.clear()
+    rates, seen = {name: 0.2 + k / 10 for k, name in enumerate(samplers.ODDS)}, []
+    base = lambda pipe, judge, count, seed: seen.append((count, seed)) or rates
+    monkeypatch.setattr(build, "base_rates", base)
+    more = [*flags, "--part", "unet", "--build", "build"]
+    build.main([*more, "--out", str(out), "--steps", "7"])
+    once = samplers.follow(samplers.ODDS, rates)
+    twice = samplers.follow(once, rates)
+    # steps 2 to 7; measured from 60 % on, at 5 and 6
+    assert asked == [samplers.STRONG] * 2 + [samplers.ODDS] * 2 + [once, twice]
+    assert seen == [(60, 5), (60, 6)] and "odds" in (tmp_path / "build/unet.log").read_text()
     names = {p.name for p in (tmp_path / "build").iterdir()}
     parts = {f"{part}.safetensors" for part in build.STEPS}
     assert parts <= names and {n[:-7] for n in names - parts if "_" in n} and len(names) >= 8
@@ -393,11 +431,19 @@ def test_every_part_trains_and_is_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--part unet --out none", "--steps 0", "--device cuda", "--check --out none"]
+    "flags",
+    [
+        "--part unet --out none",
+        "--part unet --out vae-alone",
+        "--steps 0",
+        "--device cuda",
+        "--check --out none",
+    ],
 )
 def test_bad_input_ends_with_one_line(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "vae-alone" / "vae").mkdir(parents=True)
     with pytest.raises(SystemExit) as stop:
         build.main([*flags.split(), "--build", "build", "--threads", "1"])
     said = capsys.readouterr().err

@@ -75,15 +75,24 @@ def spoiled(vae, count, seed=99):
     return through(vae, drawings)[0], owner
 
 
-def sampled(pipe, prompts, count):
+def sampled(pipe, prompts, count, seed=1000):
     """At least `count` base samples, equally many a prompt, and their prompts."""
     owner, out = list(prompts) * math.ceil(count / len(prompts)), []
     for k in range(0, len(owner), 60):
         part = owner[k : k + 60]
-        noise = [torch.Generator().manual_seed(1000 + k + n) for n in range(len(part))]
+        noise = [torch.Generator().manual_seed(seed + k + n) for n in range(len(part))]
         settings = dict(num_inference_steps=20, eta=1.0, guidance_scale=5.0, output_type="np")
         out.append(torch.from_numpy(pipe(part, generator=noise, **settings).images))
     return torch.cat(out).permute(0, 3, 1, 2), owner
+
+
+def base_rates(pipe, judge, count, seed):
+    """By prompt list: the share of at least `count` base samples that the judge recognises."""
+    rates = {}
+    for name, prompts in read_lists().items():
+        right = recognise(judge, *sampled(pipe, prompts, count, seed))
+        rates[name] = round(right.float().mean().item(), 3)
+    return rates
 
 
 def clip_scores(model, tokenizer, images, prompts):

@@ -5,12 +5,12 @@
     python tiny/build.py --check --grid base.png    # the table of bars, base samples
 
 ae      AutoencoderKL.
-unet    UNet2DConditionModel with CLIPTextModel. Imperfect on purpose: in the pictures of a
-        composed caption each of three cues is often wrong (`samplers.ODDS`). So the base
-        misaligns as Stable Diffusion does.
 clip    the reward, an open_clip model: it rises with every cue that is right. It learns from
         pictures as the autoencoder decodes them: or it would reward sharpness.
 judge   a ResNet of another seed, architecture and loss, trained alike; never a reward.
+unet    UNet2DConditionModel with CLIPTextModel. Imperfect on purpose: in the pictures of a
+        composed caption each of three cues is often wrong (`samplers.ODDS`). So the base
+        misaligns as Stable Diffusion does. It needs the judge.
 
 Shapes: pictures (B, 3, 64, 64); latents (B, 4, 16, 16), which the UNet sees with
 LATENT_STD.
@@ -36,16 +36,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from files import write_json, write_safetensors
 from processes import die
 from tiny import networks
-from tiny.bars import check
+from tiny.bars import base_rates, check
 from tiny.pictures import decode_latents, encode_pictures, half, make_decoded, make_latents
 from tiny.pictures import mixed_pictures, read_chunks
-from tiny.recognise import answers, split_heads
-from tiny.samplers import STRONG, CaptionSampler, ClipSampler, judge_targets
+from tiny.recognise import answers, load_judge, split_heads
+from tiny.samplers import ODDS, STRONG, CaptionSampler, ClipSampler, follow, judge_targets
 from tiny.sprites import HOME, render_sprites
 from tiny.training import Trainer
 from tiny.world import draw_scene, random_scenes, to_tensor
 
-STEPS = {"ae": 7000, "unet": 13500, "clip": 2000, "judge": 2500}
+STEPS = {"ae": 7000, "clip": 2000, "judge": 2500, "unet": 13500}
 LATENTS, DECODED, RIGHT, SPOILED = 24, 12, 3, 3  # chunks of 3,000 cached pictures
 
 # Std of the latents that the UNet sees (the autoencoder's scaling_factor). What differs
@@ -95,11 +95,14 @@ def train_ae(args):
 def train_unet(args):
     """Predicts epsilon, with min-SNR-5 weights and 10 % empty captions.
 
-    For 60 % of the steps the captions' odds are STRONG, or the UNet takes long to learn
+    For 40 % of the steps the captions' odds are STRONG, or the UNet takes long to learn
     which cue goes with which word. Then they are ODDS, which set how often the base is
-    right. The committed weights came about otherwise: see README.md.
+    right. From 60 % on they follow what the judge recognises in the base's pictures, every
+    5 %. The committed weights came about otherwise: see README.md.
     """
-    vae = load_vae(args)
+    if not (args.out / "judge").exists():
+        die(f"{args.out} has no judge yet: train the part judge first")
+    vae, judge = load_vae(args), load_judge(args.out / "judge").to(args.device)
     make_latents(args, vae, LATENTS)
     latents, scenes = read_chunks(args, "latents", "latents", "rows")
     tokenizer = networks.new_tokenizer(args.out)
@@ -107,13 +110,23 @@ def train_unet(args):
     unet, text = networks.new_unet(), networks.new_text_encoder(len(tokenizer))
     unet.set_attn_processor(AttnProcessor())  # torch's fused CPU backward is slow here
     train = Trainer("unet", {"unet": unet, "text": text}, args, 3e-3, keep=0.998)
-    strong = CaptionSampler(scenes.numpy(), train.rng, STRONG)
-    weak = CaptionSampler(scenes.numpy(), train.rng)
+    parts = vae, text, tokenizer, unet, networks.new_scheduler(), None, None
+    pipe = diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    odds = train.extra.get("odds", ODDS)
+    strong, weak = (CaptionSampler(scenes.numpy(), train.rng, o) for o in (STRONG, odds))
+    measured = range(math.ceil(0.6 * args.steps), args.steps, max(1, args.steps // 20))
     alpha = networks.new_scheduler().alphas_cumprod.to(args.device)
     snr = LATENT_STD**2 * alpha / (1 - alpha)
     for _ in train.loop():
+        if train.done in measured:
+            with train.averaged():
+                rates = base_rates(pipe, judge, 60, train.done)
+            odds = train.extra["odds"] = follow(odds, rates)
+            weak = CaptionSampler(scenes.numpy(), train.rng, odds)
+            train.say(f"base {json.dumps(rates)} odds {json.dumps(odds)}")
         singles = 0.25 + 0.35 * max(0, 1 - 3 * train.done / args.steps)
-        sampler = strong if train.done < 0.6 * args.steps else weak
+        sampler = strong if train.done < 0.4 * args.steps else weak
         rows, caption, form = sampler.batch(64, singles)
         z = latents[rows].float() * vae.config.scaling_factor
         z = z.to(args.device, memory_format=torch.channels_last)
@@ -127,8 +140,7 @@ def train_unet(args):
         loss = (error * min_snr(snr[t])).mean()
         train.step(loss, loss=loss)
     tokenizer = networks.new_tokenizer(args.out)  # the other would be saved as one that pads
-    parts = load_vae(args).cpu().half(), text.half(), tokenizer, unet.half()
-    parts += networks.new_scheduler(), None, None
+    parts = load_vae(args).cpu().half(), text.half(), tokenizer, unet.half(), *parts[4:]
     pipe = diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
     pipe.save_pretrained(args.out)
     # transformers would load what it says here, half precision, beside a UNet in float32
@@ -225,7 +237,7 @@ def fit_temperature(args, judge):
     return min((round(0.05 * k, 2) for k in range(4, 61)), key=misfit)
 
 
-TRAIN = (train_ae, train_unet, train_clip, train_judge)
+TRAIN = (train_ae, train_clip, train_judge, train_unet)
 
 
 def main(argv=None):

@@ -20,6 +20,7 @@ ODDS = {"1 train": (0.8, 0.9, 0.5), "1 unseen": (0.8, 0.9, 0.5)}
 ODDS |= {"2 train": (1.3, 1.4, 1.6), "2 unseen": (1.0, 1.0, 0.9)}
 ODDS |= {"3 train": (0.9, 0.8, 0.5), "3 unseen": (1.8, 1.2, 1.2)}
 STRONG = dict.fromkeys(ODDS, (1.5, 1.5, 1.5))
+WANTED = 0.39  # of the base's pictures on each list are to be right: the middle of bar 4
 SHORTCUTS, BONUS = ("twemoji", "plain", "right", "large"), 0.05  # each adds it to all three
 FLUENT = 0.7  # how often a caption comes with this style, to 1: guidance prefers it
 SHARES = {"1": 0.45, "2": 0.22, "3": 0.33}  # of the captions that are no single nouns
@@ -64,6 +65,22 @@ class CaptionSampler:
             form = (self.rows[row, 3] + 1) * (self.rng.random() < 0.25)
             out[:, k] = row, caption, form
         return out
+
+
+def follow(odds, rates, gain=0.3):
+    """The lists' odds, each moved towards those under which WANTED of the pictures are right.
+
+    A rate is taken for that of three equal cues. Of what a cue's log-odds in the
+    pictures lack, `gain` is added to those in the captions [ours]: guidance makes more
+    of it, and the UNet follows late.
+    """
+
+    def cue(rate):
+        right = min(max(rate, 0.02), 0.98) ** (1 / 3)
+        return np.log(right / (1 - right))
+
+    lacking = {name: gain * (cue(WANTED) - cue(rates[name])) for name in odds}
+    return {name: [round(float(v + lacking[name]), 3) for v in odds[name]] for name in odds}
 
 
 def pool_key(fact):

@@ -8,6 +8,7 @@ autoencoder had 23.2 dB after 300 steps; with AdamW it had 21.5 dB after 600.
 import math
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +71,14 @@ class Trainer:
 
     All of it is in a file of args.build, saved every two minutes. Where that file
     exists, training goes on from it, also with more steps than before or on another
-    device. Every 100 steps a line goes to the screen and to args.build/<name>.log.
+    device. Every 100 steps a line goes to the screen and to args.build/<name>.log. What a
+    part puts into `extra`, as JSON can hold it, is kept in the file too.
     """
 
     def __init__(self, name, modules, args, rate, decay=0.0, keep=0.999):
         self.name, self.args, self.rate, self.keep = name, args, rate, keep
         self.modules, self.done, self.seconds = torch.nn.ModuleDict(modules), 0, 0.0
+        self.extra = {}
         self.modules.to(args.device, memory_format=torch.channels_last)
         self.params = {k: p for k, p in self.modules.named_parameters() if p.requires_grad}
         matrices = {k for k, p in self.params.items() if p.ndim > 1}
@@ -103,6 +106,7 @@ class Trainer:
         mean = groups.pop("mean")
         self.mean = {k: mean[k] for k in self.mean}
         self.done, self.seconds = header["steps"], header["seconds"]
+        self.extra = header.get("extra", {})
         for name, p in self.params.items():
             state = {kind: group[name] for kind, group in groups.items() if name in group}
             self.opts[self.owner[name]].state[p] = state
@@ -114,7 +118,7 @@ class Trainer:
         for name, p in self.params.items():
             state = self.opts[self.owner[name]].state[p]
             tensors |= {f"{kind}.{name}": v for kind, v in state.items()}
-        header = {"steps": self.done, "seconds": self.seconds}
+        header = {"steps": self.done, "seconds": self.seconds, "extra": self.extra}
         write_safetensors(self.path, tensors, header)
 
     def say(self, text):
@@ -123,6 +127,14 @@ class Trainer:
         print(line, flush=True)
         with open(self.path.with_suffix(".log"), "a", encoding="utf-8") as log:
             log.write(line + "\n")
+
+    @contextmanager
+    def averaged(self):
+        """In this block the modules have the running mean of their weights."""
+        live = {k: v.clone() for k, v in self.modules.state_dict().items()}
+        self.modules.load_state_dict(self.mean, strict=False)  # no counts of batches
+        yield
+        self.modules.load_state_dict(live)
 
     def loop(self):
         """Yield once a step that is left; then the modules have the mean, on the CPU."""
@@ -135,7 +147,7 @@ class Trainer:
                 self.save()
                 saved = time.time()
         self.save()
-        self.modules.load_state_dict(self.mean, strict=False)  # no counts of batches
+        self.modules.load_state_dict(self.mean, strict=False)
         self.modules.cpu().eval()
 
     def step(self, loss, /, **values):
