@@ -5,6 +5,7 @@ import math
 import runpy
 import sys
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -242,8 +243,16 @@ def test_odds_follow_the_base():
     assert moved["b"] == [1.0, 2.0, 3.0]
     assert np.allclose(moved["c"], 1.5 - 0.5 * (cue(0.9) - cue(p)), atol=1e-3)
     for rate in (0.0, 1.0):
-        (shift,) = set(samplers.follow({"a": (0.0, 0.0)}, {"a": rate})["a"])
-        assert 0.5 < abs(shift) < 1.25 and (shift > 0) == (rate < wanted)
+        (shift,) = {v - 5 for v in samplers.follow({"a": (5.0, 5.0)}, {"a": rate})["a"]}
+        assert 0.2 < abs(shift) < 0.7 and (shift > 0) == (rate < wanted)
+    assert samplers.follow({"a": (0.1, 2.0)}, {"a": 1.0}, gain=1.0)["a"][0] == 0.0
+    assert wanted == (0.28 + 0.5) / 2  # the middle of bar 4
+
+
+def test_the_base_is_looked_at_between_65_and_85_percent():
+    assert [*build.looks(13_500)] == [8775, 9450, 10125, 10800, 11475]
+    assert [*build.looks(1000)] == [650, 700, 750, 800, 850]
+    assert [*build.looks(1)] == []
 
 
 def test_the_weights_of_a_pool_are_the_odds_and_leave_traits_alone():
@@ -400,17 +409,34 @@ def test_every_part_trains_and_is_written(tmp_path, monkeypatch):
     out = tmp_path / "out"
     build.main([*flags, "--build", "build", "--out", str(out)])
     assert asked == [samplers.STRONG]  # the odds of the first steps
-    asked.clear()
-    rates, seen = {name: 0.2 + k / 10 for k, name in enumerate(samplers.ODDS)}, []
-    base = lambda pipe, judge, count, seed: seen.append((count, seed)) or rates
+    # the same UNet goes on: with STRONG to 40 %, with ODDS to 65 %, then with what was seen
+    rates, seen, inside = {name: 0.2 + k / 10 for k, name in enumerate(samplers.ODDS)}, [], []
+
+    @contextmanager
+    def averaged(self):
+        inside.append(self)
+        yield
+        inside.pop()
+
+    def base(pipe, judge, count, seed):
+        assert pipe.unet is inside[0].modules["unet"]
+        assert pipe.text_encoder is inside[0].modules["text"]
+        assert judge.config.num_labels == sum(map(len, HEADS.values()))
+        seen.append((count, seed))
+        return rates
+
+    monkeypatch.setattr(build.Trainer, "averaged", averaged)
     monkeypatch.setattr(build, "base_rates", base)
-    more = [*flags, "--part", "unet", "--build", "build"]
-    build.main([*more, "--out", str(out), "--steps", "7"])
-    once = samplers.follow(samplers.ODDS, rates)
-    twice = samplers.follow(once, rates)
-    # steps 2 to 7; measured from 60 % on, at 5 and 6
-    assert asked == [samplers.STRONG] * 2 + [samplers.ODDS] * 2 + [once, twice]
-    assert seen == [(60, 5), (60, 6)] and "odds" in (tmp_path / "build/unet.log").read_text()
+    odds = [samplers.ODDS]
+    for _ in range(3):
+        odds.append(samplers.follow(odds[-1], rates))
+    first = [samplers.STRONG] * 3 + odds[:1] * 2 + odds[1:3]
+    for steps, expected in ((8, first), (10, odds[3:] * 2)):
+        asked.clear()
+        flags[1] = str(steps)
+        build.main([*flags, "--part", "unet", "--build", "build", "--out", str(out)])
+        assert asked == expected
+    assert seen == [(90, 10**6 + k) for k in (6, 7, 8)]
     names = {p.name for p in (tmp_path / "build").iterdir()}
     parts = {f"{part}.safetensors" for part in build.STEPS}
     assert parts <= names and {n[:-7] for n in names - parts if "_" in n} and len(names) >= 8
@@ -434,6 +460,7 @@ def test_every_part_trains_and_is_written(tmp_path, monkeypatch):
     "flags",
     [
         "--part unet --out none",
+        "--part judge --out none",
         "--part unet --out vae-alone",
         "--steps 0",
         "--device cuda",

@@ -97,8 +97,8 @@ def train_unet(args):
 
     For 40 % of the steps the captions' odds are STRONG, or the UNet takes long to learn
     which cue goes with which word. Then they are ODDS, which set how often the base is
-    right. From 60 % on they follow what the judge recognises in the base's pictures, every
-    5 %. The committed weights came about otherwise: see README.md.
+    right. At `looks` they follow what the judge recognises in pictures of the running mean.
+    The committed weights came about otherwise: see README.md.
     """
     if not (args.out / "judge").exists():
         die(f"{args.out} has no judge yet: train the part judge first")
@@ -110,18 +110,16 @@ def train_unet(args):
     unet, text = networks.new_unet(), networks.new_text_encoder(len(tokenizer))
     unet.set_attn_processor(AttnProcessor())  # torch's fused CPU backward is slow here
     train = Trainer("unet", {"unet": unet, "text": text}, args, 3e-3, keep=0.998)
-    parts = vae, text, tokenizer, unet, networks.new_scheduler(), None, None
-    pipe = diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
+    pipe = new_pipe(vae, text, tokenizer, unet)
     pipe.set_progress_bar_config(disable=True)
     odds = train.extra.get("odds", ODDS)
     strong, weak = (CaptionSampler(scenes.numpy(), train.rng, o) for o in (STRONG, odds))
-    measured = range(math.ceil(0.6 * args.steps), args.steps, max(1, args.steps // 20))
     alpha = networks.new_scheduler().alphas_cumprod.to(args.device)
     snr = LATENT_STD**2 * alpha / (1 - alpha)
     for _ in train.loop():
-        if train.done in measured:
+        if train.done in looks(args.steps):
             with train.averaged():
-                rates = base_rates(pipe, judge, 60, train.done)
+                rates = base_rates(pipe, judge, 90, 10**6 + train.done)
             odds = train.extra["odds"] = follow(odds, rates)
             weak = CaptionSampler(scenes.numpy(), train.rng, odds)
             train.say(f"base {json.dumps(rates)} odds {json.dumps(odds)}")
@@ -140,12 +138,23 @@ def train_unet(args):
         loss = (error * min_snr(snr[t])).mean()
         train.step(loss, loss=loss)
     tokenizer = networks.new_tokenizer(args.out)  # the other would be saved as one that pads
-    parts = load_vae(args).cpu().half(), text.half(), tokenizer, unet.half(), *parts[4:]
-    pipe = diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
-    pipe.save_pretrained(args.out)
+    new_pipe(load_vae(args).cpu().half(), text.half(), tokenizer, unet.half()).save_pretrained(
+        args.out
+    )
     # transformers would load what it says here, half precision, beside a UNet in float32
     config = args.out / "text_encoder" / "config.json"
     write_json(config, json.loads(config.read_text()) | {"dtype": "float32"})
+
+
+def looks(steps):
+    """After which of the steps the odds follow: 65, 70, 75, 80 and 85 %."""
+    return range(math.ceil(0.65 * steps), math.ceil(0.9 * steps), max(1, steps // 20))
+
+
+def new_pipe(vae, text, tokenizer, unet):
+    """The parts as a pipeline, without a safety checker."""
+    parts = vae, text, tokenizer, unet, networks.new_scheduler(), None, None
+    return diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
 
 
 def min_snr(snr):

@@ -71,8 +71,8 @@ class Trainer:
 
     All of it is in a file of args.build, saved every two minutes. Where that file
     exists, training goes on from it, also with more steps than before or on another
-    device. Every 100 steps a line goes to the screen and to args.build/<name>.log. What a
-    part puts into `extra`, as JSON can hold it, is kept in the file too.
+    device. Every 100 steps a line goes to the screen and to args.build/<name>.log.
+    `extra` is JSON data that a part wants saved too.
     """
 
     def __init__(self, name, modules, args, rate, decay=0.0, keep=0.999):
@@ -133,8 +133,10 @@ class Trainer:
         """In this block the modules have the running mean of their weights."""
         live = {k: v.clone() for k, v in self.modules.state_dict().items()}
         self.modules.load_state_dict(self.mean, strict=False)  # no counts of batches
-        yield
-        self.modules.load_state_dict(live)
+        try:
+            yield
+        finally:
+            self.modules.load_state_dict(live)
 
     def loop(self):
         """Yield once a step that is left; then the modules have the mean, on the CPU."""
