@@ -67,7 +67,7 @@ class CaptionSampler:
         return out
 
 
-def follow(odds, rates, gain=0.15):
+def follow(odds, rates, gain=0.3):
     """The lists' odds, each a little nearer to those under which WANTED are right.
 
     A list's rate r gives its cues log-odds of logit(r ** (1/3)), as if its three cues were
