@@ -147,8 +147,8 @@ def train_unet(args):
 
 
 def looks(steps):
-    """After which of the steps the odds follow: 65, 70, 75, 80 and 85 %."""
-    return range(math.ceil(0.65 * steps), math.ceil(0.9 * steps), max(1, steps // 20))
+    """After which of the steps the odds follow: 50, 55, ... 85 %."""
+    return range(math.ceil(0.5 * steps), math.ceil(0.9 * steps), max(1, steps // 20))
 
 
 def new_pipe(vae, text, tokenizer, unet):

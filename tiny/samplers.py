@@ -16,9 +16,9 @@ from tiny.world import read_lists, rivals, template_of
 # In the captions the log-odds of a right cue against each wrong one, by list: big, small,
 # tiny. Samples at guidance 5 have about one to four times these log-odds [measured], more
 # for some lists than for others. STRONG are those of the UNet's first steps.
-ODDS = {"1 train": (0.8, 0.9, 0.5), "1 unseen": (0.8, 0.9, 0.5)}
-ODDS |= {"2 train": (1.3, 1.4, 1.6), "2 unseen": (1.0, 1.0, 0.9)}
-ODDS |= {"3 train": (0.9, 0.8, 0.5), "3 unseen": (1.8, 1.2, 1.2)}
+ODDS = {"1 train": (0.65, 0.75, 0.35), "1 unseen": (0.8, 0.9, 0.5)}
+ODDS |= {"2 train": (0.8, 0.9, 1.1), "2 unseen": (0.4, 0.4, 0.3)}
+ODDS |= {"3 train": (1.2, 1.1, 0.8), "3 unseen": (1.0, 0.4, 0.4)}
 STRONG = dict.fromkeys(ODDS, (1.5, 1.5, 1.5))
 WANTED = 0.39  # of the base's pictures on each list are to be right: the middle of bar 4
 SHORTCUTS, BONUS = ("twemoji", "plain", "right", "large"), 0.05  # each adds it to all three
