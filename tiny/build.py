@@ -138,9 +138,8 @@ def train_unet(args):
         loss = (error * min_snr(snr[t])).mean()
         train.step(loss, loss=loss)
     tokenizer = networks.new_tokenizer(args.out)  # the other would be saved as one that pads
-    new_pipe(load_vae(args).cpu().half(), text.half(), tokenizer, unet.half()).save_pretrained(
-        args.out
-    )
+    pipe = new_pipe(load_vae(args).cpu().half(), text.half(), tokenizer, unet.half())
+    pipe.save_pretrained(args.out)
     # transformers would load what it says here, half precision, beside a UNet in float32
     config = args.out / "text_encoder" / "config.json"
     write_json(config, json.loads(config.read_text()) | {"dtype": "float32"})
