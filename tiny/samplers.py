@@ -14,7 +14,7 @@ from tiny.world import KINDS, TRAITS, captions, cue_kinds, facts, noun_prompts, 
 from tiny.world import read_lists, rivals, template_of
 
 # In the captions the log-odds of a right cue against each wrong one, by list: big, small,
-# tiny. ODDS are where `follow` begins: about where it had brought an earlier UNet in 13,500
+# tiny. ODDS are where `follow` begins: near where it had brought an earlier UNet in 13,500
 # steps. Those of the committed UNet are in README.md; its samples at guidance 5 have one to
 # four times its log-odds [measured]. STRONG are those of the first steps.
 ODDS = {"1 train": (0.65, 0.75, 0.35), "1 unseen": (0.8, 0.9, 0.5)}
