@@ -8,11 +8,11 @@
     p/p_old      ratio rho in Eq. 4 and 6           exp(log_p - log_p_old)
     theta_old    weights that sampled the round     `log_p_old`, stored while sampling
 
-Pure torch: no files, no devices, no models. A loss here has a minus sign where Eq. 2 is
-maximised: Eq. 4 and 6 are gradients of the LOSS. Each returns one value per
-(trajectory, t); the mean over t and over the update's trajectories is taken in
-`train.py`. Eq. 6 has a sum over t: the mean is the sum / n [official], n the number of
-trained steps, and AdamW does not see the factor (the gradient-norm clip does).
+Pure torch: no files, no models. A loss here has a minus sign where Eq. 2 is maximised:
+Eq. 4 and 6 are gradients of the LOSS. Each returns one value per (trajectory, t); the mean
+over t and over the update's trajectories is taken in `train.py`. Eq. 6 has a sum over t: the
+mean is the sum / tau [official], and AdamW does not see the factor (the gradient-norm clip
+does).
 
 Sources: [official] hu-zijing/B2-DiffuRL: run_process.sh 20-35 (tau, window, threshold),
 run_select.py 62-90 (r_hat), 150-162 (best and worst), run_train.py 78 (mean over t),
@@ -26,9 +26,16 @@ plain policy gradient.
 
 import math
 from collections import defaultdict
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import logsigmoid
+
+from ddim_logprob import gaussian_kl, keyed_generator, log_prob
+from lora import lora_off
+from support.processes import all_sum, share
+
 
 # -------------------------------------------------- backward progressive training
 
@@ -49,47 +56,35 @@ def tau_schedule(i, rounds, T=20, tau0=14):
     return tau0 + (i * (T - tau0) // (rounds - 1) if rounds > 1 else 0)
 
 
-def training_interval(tau, T=20, direction="backward"):
-    """The steps t = start..stop+1 that are trained, as (start, stop).
-
-    backward: the last tau steps, (tau, 0) [paper, Eq. 3]. forward: the first tau steps
-    from the noise, (T, T - tau), an ablation [ours, after TempFlow-GRPO's claim that
-    early steps count].
-    """
-    return {"backward": (tau, 0), "forward": (T, T - tau)}[direction]
-
-
 class StepWeights:
     """The weight of each step in the loss; the mean over the trained steps is 1.
 
-    uniform: 1 [paper]. schedule: the inverse of `ddim_logprob.step_factor` [ours]. rms:
-    the inverse root mean square of grad log p_t of single trajectories, running over
-    the rounds [ours]. With uniform weights the last two of 20 steps have nearly all of
-    the gradient's energy (its squared norm), though nothing of the score is decided
-    there.
+    uniform: 1 [paper]. rms: the inverse root mean square of grad log p_t of single
+    trajectories, running over the rounds [ours]. With uniform weights the last two of 20
+    steps have nearly all of the gradient's energy (its squared norm), though nothing of
+    the score is decided there.
     """
 
-    def __init__(self, kind, factor, keep=0.8):
-        self.kind, self.factor, self.keep = kind, factor, keep
-        self.square = {}  # t -> running mean of |grad log p_t|^2
+    def __init__(self, kind, keep=0.8):
+        self.kind = kind
+        self.keep = keep
+        self.square = {}  # t, as JSON's keys a string -> running mean of |grad log p_t|^2
 
-    def measure(self, start, energy):
-        """Take in |grad log p_t|^2 of the steps t = start, start - 1, ...: (n,)."""
-        for t, now in zip(range(start, start - len(energy), -1), energy.tolist()):
-            past = self.square.get(str(t), now)  # JSON's keys are strings
+    def measure(self, energy):
+        """Take in |grad log p_t|^2 of the steps t = tau..1: (tau,), see `step_energy`."""
+        for t, now in zip(range(len(energy), 0, -1), energy.tolist()):
+            past = self.square.get(str(t), now)
             self.square[str(t)] = self.keep * past + (1 - self.keep) * now
 
-    def __call__(self, start, stop):
-        """Weights (n,) of the steps t = start..stop+1, in that order."""
-        steps = range(start, stop, -1)
-        if self.kind == "uniform":
-            return torch.ones(len(steps))
-        if self.kind == "schedule":
-            weights = torch.stack([1 / self.factor[t] for t in steps])
-        else:
-            weights = torch.tensor([self.square.get(str(t), 0.0) for t in steps]).rsqrt()
-        weights = weights.where(weights.isfinite(), torch.ones(()))
-        return (weights / weights.mean()).float()
+    def __call__(self, tau):
+        """Weights by t = 0..tau, (tau + 1,) float32; entry 0 is unused."""
+        weights = torch.ones(tau)  # of the steps tau..1
+        if self.kind == "rms":
+            squares = [self.square.get(str(t), 0.0) for t in range(tau, 0, -1)]
+            weights = torch.tensor(squares).rsqrt()
+            weights = weights.where(weights.isfinite(), torch.ones(()))
+        weights = weights / weights.mean()
+        return torch.cat([weights, torch.zeros(1)]).flip(0)
 
 
 # -------------------------------------------------- rewards and branches
@@ -100,37 +95,38 @@ class RewardNormaliser:
 
     Mean and unbiased std are over all scores of the prompt in this round and the past
     `window` rounds (8 [official]). A prompt with fewer than `min_count` scores (0
-    [official], 16 [ddpo]) is normalised by the mean and std of the whole round. Where
-    the scores that count are one or all equal, there is no std: r_hat is 0, so the
-    prompt is not trained on [ours].
+    [official], 16 [ddpo]) is normalised by the mean and std of the whole round, also where
+    its own scores are all equal. Where the scores that count are one or all equal, there
+    is no std: r_hat is 0, so the prompt is not trained on [ours].
     """
 
     def __init__(self, window=8, min_count=0):
-        self.window, self.min_count = window, min_count
+        self.window = window
+        self.min_count = min_count
         self.history = {}  # prompt -> [[round, [scores]], ...], oldest first
-        self.lone = 0  # scores of the last round that were their prompt's only one
+        self.alone = 0  # scores of the last round that were compared within their own root only
 
     def __call__(self, i, prompts, scores):
         """Scores (P, K) of round i, row p of prompts[p] -> r_hat (P, K), float32."""
-        P = len(prompts)
-        assert scores.shape[0] == P, f"{P} prompts for {scores.shape} scores"
-        rows = defaultdict(list)
+        P, K = scores.shape
+        assert len(prompts) == P, f"{len(prompts)} prompts for {P} roots"
+        rows_of = defaultdict(list)
         for p, prompt in enumerate(prompts):
-            rows[prompt].append(p)
-        scores, self.lone = scores.double(), 0
+            rows_of[prompt].append(p)
+        scores = scores.double()
         r_hat = torch.zeros_like(scores)
-        for prompt, ps in rows.items():
-            now = scores[ps]
+        self.alone = 0
+        for prompt, rows in rows_of.items():
             past = self.history.get(prompt, [])
-            past = [entry for entry in past if i - self.window <= entry[0] < i]
-            self.history[prompt] = past + [[i, now.flatten().tolist()]]
-            seen = [r for _, rs in self.history[prompt] for r in rs]
-            seen = torch.tensor(seen).double()
-            self.lone += len(seen) == 1
-            if len(seen) < self.min_count:
-                seen = scores.flatten()
-            if len(seen) > 1 and seen.max() > seen.min():
-                r_hat[ps] = (now - seen.mean()) / (seen.std() + 1e-8)
+            past = [[j, old] for j, old in past if i - self.window <= j < i]
+            self.history[prompt] = past + [[i, scores[rows].flatten().tolist()]]
+            compared = torch.tensor([r for _, old in self.history[prompt] for r in old]).double()
+            if len(compared) < self.min_count:
+                compared = scores.flatten()
+            elif len(compared) == K:
+                self.alone += K
+            if len(compared) > 1 and compared.max() > compared.min():
+                r_hat[rows] = (scores[rows] - compared.mean()) / (compared.std() + 1e-8)
         return r_hat.float()
 
 
@@ -139,14 +135,16 @@ def select_pairs(r_hat, threshold=0.5):
 
     r_hat: (P, K). The best is kept if r_hat > 0 and r_hat >= threshold, the worst if
     r_hat < 0 and r_hat < -threshold, independently of the other [official]: a root gives
-    0, 1 or 2 trajectories. Returns (M, 3) long, rows of (group, root, branch), a group's
-    best before its worst; the group is the root here.
+    0, 1 or 2 trajectories. A root whose branches score alike has no best: none [ours].
+    Returns (M, 3) long, rows of (group, root, branch), a group's best before its worst;
+    the group is the root here.
     """
     shape = tuple(r_hat.shape)
     assert len(shape) == 2 and shape[1] >= 2, f"need (P, K >= 2), got {shape}"
     best, worst = r_hat.max(1), r_hat.min(1)
-    keep_best = (best.values > 0) & (best.values >= threshold)
-    keep_worst = (worst.values < 0) & (worst.values < -threshold)
+    differ = best.values > worst.values
+    keep_best = differ & (best.values > 0) & (best.values >= threshold)
+    keep_worst = differ & (worst.values < 0) & (worst.values < -threshold)
     keep = torch.stack([keep_best, keep_worst], 1)  # (P, 2)
     branch = torch.stack([best.indices, worst.indices], 1)  # (P, 2)
     root = keep.nonzero()[:, 0]
@@ -167,18 +165,18 @@ def dpo_pairs(kept, r_hat, prompts, threshold=0.5):
 
     Without BS, r_hat (P, 1), a pair is the best and the worst trajectory of a prompt in
     the round [ours], and the group is the prompt. prompts: P strings. Returns (M', 3)
-    as `select_pairs`.
+    as `select_pairs`. A group of more than two is refused: it is no pair.
     """
     if r_hat.shape[1] == 1:
-        kept = []
-        for g, prompt in enumerate(dict.fromkeys(prompts)):
-            roots = [p for p, other in enumerate(prompts) if other == prompt]
-            roots = torch.tensor(roots)
+        pairs = []
+        for group, prompt in enumerate(dict.fromkeys(prompts)):
+            roots = torch.tensor([p for p, other in enumerate(prompts) if other == prompt])
             if len(roots) > 1:
-                pair = select_pairs(r_hat[roots].view(1, -1), threshold)[:, 2]
-                kept += [[g, root, 0] for root in roots[pair].tolist()]
-        kept = torch.tensor(kept, dtype=torch.long).view(-1, 3)
+                chosen = select_pairs(r_hat[roots].view(1, -1), threshold)[:, 2]
+                pairs += [[group, root, 0] for root in roots[chosen].tolist()]
+        kept = torch.tensor(pairs, dtype=torch.long).view(-1, 3)
     _, group, count = kept[:, 0].unique(return_inverse=True, return_counts=True)
+    assert not (count > 2).any(), "DPO takes pairs: a group has more than two trajectories"
     return kept[count[group] == 2]
 
 
@@ -198,23 +196,139 @@ def split_updates(kept, size, generator):
     return [kept[torch.isin(kept[:, 0], part)] for part in groups.tensor_split(count)]
 
 
-def micro_batches(update, own, steps, size):
-    """Cut what this process owns of `update` into UNet calls of one step each.
+# -------------------------------------------------- a round's roots, and what they leave
 
-    update: (m, 3) of (group, root, branch). own: (Q,) the process's roots, ascending.
-    Yields p (b,) positions in `own`, k (b,) branches and the step s, from x_start on:
-    0..steps - 1. The cut does not change the gradient, so `size` is as large as memory
-    allows; the b <= size are about equal, since a short UNet call costs more a row, and
-    even, since DPO needs whole pairs.
+
+@dataclass
+class Roots:
+    """A round's roots (Sec. 3.3). Every process knows all prompts and walks its own roots."""
+
+    prompts: list  # of all P roots
+    own: torch.Tensor  # (Q,) long, which of them are this process's
+    own_prompts: list  # Q
+    round_key: tuple  # (seed, round)
+
+    def keys(self, *more):
+        """A key of noise for each own root: (seed, round, root, *more)."""
+        return [(*self.round_key, int(p), *more) for p in self.own]
+
+    def branch_keys(self, K):
+        """A list of K keys for each own root."""
+        return [[(*key, k) for k in range(K)] for key in self.keys()]
+
+
+def draw_roots(train_prompts, cfg, i, worker, workers):
+    """Round i's P prompts, drawn with replacement [official], as `Roots`."""
+    P = cfg.queries // cfg.branches
+    generator = keyed_generator(cfg.seed, i, "prompts")
+    drawn = torch.randint(len(train_prompts), (P,), generator=generator).tolist()
+    prompts = [train_prompts[j] for j in drawn]
+    owners = list(range(P))
+    if cfg.algo == "dpo" and cfg.no_bs:  # a pair: two roots of a prompt, in one process
+        owners = [train_prompts.index(prompt) for prompt in prompts]
+    own = share(owners, worker, workers)
+    return Roots(prompts, own, [prompts[p] for p in own], (cfg.seed, i))
+
+
+class Batch(NamedTuple):
+    """One step t of b trajectories: what a UNet call in training needs."""
+
+    t: int
+    x_t: torch.Tensor  # (b, C, h, w), on the policy's device, as the next two
+    x_prev: torch.Tensor  # (b, C, h, w)
+    log_p_old: torch.Tensor  # (b,)
+    prompts: list
+    root: torch.Tensor  # (b,), which trajectories of (P, K) these are
+    branch: torch.Tensor  # (b,)
+
+
+@dataclass
+class Rollout:
+    """The walks of this process's Q roots in a round; they lie on the CPU.
+
+    A round of Stable Diffusion does not fit a GPU beside the UNet's activations.
     """
-    update = update[torch.isin(update[:, 1], own)]
-    p, k = torch.searchsorted(own, update[:, 1].contiguous()), update[:, 2]
-    size = max(1, size - size % 2)
-    count = max(1, math.ceil(len(update) / size))
-    length = min(size, 2 * math.ceil(len(update) / count / 2))
-    for s in range(steps if len(update) else 0):
-        for rows in torch.arange(len(update)).split(length):
-            yield p[rows], k[rows], s
+
+    x: torch.Tensor  # (Q, K, tau + 1, C, h, w), states x_tau..x_0
+    log_p_old: torch.Tensor  # (Q, K, tau), of the policy that sampled them
+    prompts: list  # Q
+    own: torch.Tensor  # (Q,) long, which of the round's P roots these are, ascending
+    device: torch.device
+
+    @property
+    def tau(self):
+        return self.x.shape[2] - 1
+
+    def batches(self, update, size):
+        """Cut what this process owns of `update` (m, 3) into calls of one step t each.
+
+        The cut does not change the gradient, so `size` is as large as memory allows.
+        Batches are about equal, since a short UNet call costs more a row, and even, since
+        DPO needs whole pairs. Steps go from tau to 1.
+        """
+        update = update[torch.isin(update[:, 1], self.own)]
+        if len(update) == 0:
+            return
+        row = torch.searchsorted(self.own, update[:, 1].contiguous())  # in x: 0..Q - 1
+        size = max(1, size - size % 2)
+        count = math.ceil(len(update) / size)
+        length = min(size, 2 * math.ceil(len(update) / count / 2))
+        for t in range(self.tau, 0, -1):
+            step = self.tau - t  # x[:, :, step] is x_t, and x_{t-1} follows it
+            for part in torch.arange(len(update)).split(length):
+                p, k = row[part], update[part, 2]
+                yield Batch(
+                    t,
+                    self.x[p, k, step].to(self.device),
+                    self.x[p, k, step + 1].to(self.device),
+                    self.log_p_old[p, k, step].to(self.device),
+                    [self.prompts[q] for q in p],
+                    update[part, 1],
+                    k,
+                )
+
+
+def step_energy(policy, rollout, probe, size, lora, generator):
+    """|grad log p_t|^2 of a single trajectory, by t = tau..1: (tau,), a mean over `probe` (m, 3).
+
+    One backward pass a batch would give the square of a sum over trajectories. With
+    random signs, drawn from the generator, the cross terms cancel on average, and what is
+    left is the sum of the squares [ours].
+    """
+    lora = list(lora.values())
+    tau, K = rollout.tau, rollout.x.shape[1]
+    shape = (int(probe[:, 1].max()) + 1, K, tau)
+    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    total = [[torch.zeros_like(v) for v in lora] for _ in range(tau)]
+    for batch in rollout.batches(probe, size):
+        step = tau - batch.t
+        mu, sigma = policy(batch.x_t, batch.t, batch.prompts)
+        log_p = log_prob(batch.x_prev, mu, sigma)
+        sign = signs[batch.root, batch.branch, step].to(log_p.device)
+        # 2**10, as gradients of a mean over D would be 0 in fp16; weights are relative
+        gradient = torch.autograd.grad(2.0**10 * (log_p * sign).sum(), lora)
+        for sum_, v in zip(total[step], gradient):
+            sum_ += v
+    squares = []
+    for gradient in total:
+        whole = [all_sum(v, policy.device) for v in gradient]
+        squares.append(torch.stack([v.square().sum() for v in whole]).sum())
+    return torch.stack(squares).cpu() / len(probe)
+
+
+@torch.no_grad()
+def kl_to_base(policy, rollout, probe, size):
+    """KL(p_theta || p_pre) of a step in nats, summed over D: mean over steps and `probe` (m, 3)."""
+    D = math.prod(policy.latent_shape)
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch in rollout.batches(probe, size):
+        mu, sigma = policy(batch.x_t, batch.t, batch.prompts)
+        with lora_off(policy.unet):
+            mu_ref, _ = policy(batch.x_t, batch.t, batch.prompts)
+        kl = gaussian_kl(mu, mu_ref, sigma) * D
+        total += torch.tensor([kl.sum().item(), len(kl)])
+    total = all_sum(total, policy.device)
+    return (total[0] / total[1]).item()
 
 
 # -------------------------------------------------- losses, one per (trajectory, t)
@@ -235,12 +349,13 @@ def pg_loss(log_p, log_p_old, r_hat):
     return -torch.exp(log_p - log_p_old) * r_hat
 
 
-def dpok_loss(log_p, log_p_old, r_hat, kl, clip_range, beta=0.01, alpha=1.0):
+def dpok_loss(policy_loss, kl, beta=0.01, alpha=1.0):
     """Eq. 7 [ours, by DPOK's definition]: alpha * clipped loss + beta * KL(p || p_pre).
 
-    kl: exact, `ddim_logprob.gaussian_kl`, averaged over D as log p is.
+    policy_loss: `ddpo_loss`; kl: exact, `ddim_logprob.gaussian_kl`, averaged over D as
+    log p is.
     """
-    return alpha * ddpo_loss(log_p, log_p_old, r_hat, clip_range) + beta * kl
+    return alpha * policy_loss + beta * kl
 
 
 def dpo_loss(log_p, log_ref, beta):
@@ -254,56 +369,3 @@ def dpo_loss(log_p, log_ref, beta):
     best, worst = (log_p - log_ref).view(-1, 2).T
     h = beta * (best - worst)
     return -logsigmoid(h).repeat_interleave(2), h
-
-
-# -------------------------------------------------- statistics of a round's updates
-
-
-class RoundLog:
-    """Ratios, losses, gradient norms and skipped updates of a round, for its metrics."""
-
-    def __init__(self):
-        self.log_ratio, self.h, self.loss = [], [], []  # a tensor a micro-batch
-        self.norms, self.sizes, self.skipped, self.first = [], [], 0, 0
-
-    def add(self, log_p, log_p_old, loss, h):
-        """A micro-batch: log p now and then (b,), its share of the loss, DPO's h or None."""
-        self.log_ratio.append((log_p.detach() - log_p_old).cpu())
-        self.loss.append(loss.detach().view(1).cpu())
-        self.h += [] if h is None else [h.detach().abs().cpu()]
-
-    def end_update(self, norm, size, in_a_row):
-        """An update of `size` trajectories whose gradient had this norm before clipping.
-
-        One whose norm is not finite was skipped. Returns how many were, in a row up to
-        here.
-        """
-        if not self.norms:  # a process may own nothing of the first update
-            self.first = len(self.log_ratio)
-        self.norms.append(norm.item())
-        self.sizes.append(size)
-        if norm.isfinite():
-            return 0
-        self.skipped += 1
-        return in_a_row + 1
-
-    def metrics(self, clip_range, gather):
-        """The numbers of metrics.jsonl. `gather`: values (n,) -> those of all processes (N,)."""
-        if not self.norms:
-            return {"updates": 0, "skipped_updates": 0, "trajectories_per_update": []}
-        whole = {}
-        lists = {"first": self.log_ratio[: self.first], "all": self.log_ratio}
-        for name, values in (lists | {"h": self.h, "loss": self.loss}).items():
-            whole[name] = gather(torch.cat(values) if values else torch.zeros(0)).double()
-        ratio = whole["all"].exp()
-        return {
-            "updates": len(self.norms) - self.skipped,
-            "skipped_updates": self.skipped,
-            "trajectories_per_update": self.sizes,
-            "first_ratio": whole["first"].exp().mean().item(),  # must be 1 and about 0
-            "first_max_log_ratio": whole["first"].abs().max().item(),
-            "clip_fraction": (ratio - 1).abs().gt(clip_range).double().mean().item(),
-            "mean_abs_h": whole["h"].mean().item() if len(whole["h"]) else 0.0,
-            "loss": whole["loss"].sum().item() / len(self.norms),
-            "grad_norm": sum(self.norms) / len(self.norms),
-        }

@@ -2,16 +2,17 @@
 
     symbol       paper                          here
     T            denoising steps, 20            `schedule.T`
-    t            time: T (noise) .. 1           `t`: (B,) long, not the scheduler's index
+    t            time: T (noise) .. 1           `t`: an int, not the scheduler's index
     x_t          state, Eq. 3                   `x_t`: (B, C, h, w) float32 latents
     x_{t-1}      action a_t, next state         `x_prev`: (B, C, h, w)
     c            prompt                         `cond` (B, L, d), `uncond` (1, L, d)
     mu_theta     mean, Eq. 1                    `mu`
     sigma_t      standard deviation, Eq. 1      `sigma`; the covariance is sigma_t^2 I
+    P, K         branch roots, branches of one  leading axes (P, K, ...)
 
 Departures from the paper's text
-    [ddpo] log p is AVERAGED over the D = C*h*w dimensions of a latent, not summed: a summed
-        ratio overflows (1.01 ** 16384 at SD's size). It ties the clip range to D: see
+    [official, ddpo] log p is AVERAGED over the D = C*h*w dimensions of a latent, not summed: a
+        summed ratio overflows (1.01 ** 16384 at SD's size). It ties the clip range to D: see
         `b2rl.py`.
     [ours] every draw of noise comes from a generator keyed by (seed, round, root, branch),
         never from a global stream: a run does not depend on batch size or on the number of
@@ -24,9 +25,11 @@ Departures from the paper's text
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -75,64 +78,39 @@ def make_schedule(scheduler, T=20, eta=1.0):
     return Schedule(T, alpha_bar, sigma, timestep, config.prediction_type)
 
 
-def at_time(values, t, like):
-    """values[t] (paper time) as a float32 (B, 1, 1, 1) tensor on `like`'s device."""
-    at_t = values[t.cpu()].to(like.device, torch.float32)
-    return at_t.view(-1, *[1] * (like.dim() - 1))
+def predict_x_0(schedule, prediction, x_t, t):
+    """What the UNet's prediction at time t says of the clean latent and of the noise.
 
-
-def ddim_mean(schedule, prediction, x_t, t):
-    """mu_theta(x_t, t, c) of Eq. 1 from the UNet's guided prediction.
-
-    prediction, x_t: (B, C, h, w) float32; t: (B,) long paper time, mixed times allowed.
-    Returns mu (B, C, h, w) and sigma_t (B, 1, 1, 1). [DDIM, Song et al., Eq. 12]
+    prediction, x_t: (B, C, h, w) float32. Returns x_0 and eps, each (B, C, h, w).
     """
-    abar_t = at_time(schedule.alpha_bar, t, x_t)
-    abar_prev = at_time(schedule.alpha_bar, t - 1, x_t)
-    sigma = at_time(schedule.sigma, t, x_t)
+    abar_t = schedule.alpha_bar[t].float()
     if schedule.prediction_type == "epsilon":
         eps = prediction
         x_0 = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
     else:  # v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
         x_0 = abar_t.sqrt() * x_t - (1 - abar_t).sqrt() * prediction
         eps = abar_t.sqrt() * prediction + (1 - abar_t).sqrt() * x_t
+    return x_0, eps
+
+
+def ddim_mean(schedule, prediction, x_t, t):
+    """mu_theta(x_t, t, c) of Eq. 1 from the UNet's guided prediction.
+
+    prediction, x_t: (B, C, h, w) float32. Returns mu (B, C, h, w) and sigma_t, a number.
+    [DDIM, Song et al., Eq. 12]
+    """
+    x_0, eps = predict_x_0(schedule, prediction, x_t, t)
+    abar_prev = schedule.alpha_bar[t - 1].float()
+    sigma = schedule.sigma[t].float()
     # eta is at most 1, so that only rounding can make the difference negative
     mu = abar_prev.sqrt() * x_0 + (1 - abar_prev - sigma**2).clamp(min=0).sqrt() * eps
     return mu, sigma
 
 
-def step_factor(schedule):
-    """|d mu_t / d prediction| / sigma_t: the schedule's part of grad log p_t.
-
-    (T + 1,) float64, entry 0 unused. For eta 1 and epsilon it is sqrt((1 - a) / (a (1 -
-    abar[t-1]))) with a = abar[t] / abar[t-1]: about 1, but 5.4 at t = 2 of Stable
-    Diffusion's 20 steps.
-    """
-    abar_t, abar_prev = schedule.alpha_bar[1:], schedule.alpha_bar[:-1]
-    sigma = schedule.sigma[1:]
-    slope = (1 - abar_prev - sigma**2).clamp(min=0).sqrt()
-    slope = slope - (abar_prev * (1 - abar_t) / abar_t).sqrt()
-    if schedule.prediction_type == "v_prediction":
-        slope = slope * abar_t.sqrt()
-    return torch.cat([torch.ones(1, dtype=torch.float64), slope.abs() / sigma])
-
-
 def log_prob(x_prev, mu, sigma):
-    """log p_theta(x_{t-1} | x_t, c) of Eq. 1, averaged over D dimensions [ddpo]: (B,)."""
+    """log p_theta(x_{t-1} | x_t, c) of Eq. 1, averaged over D dimensions [official, ddpo]: (B,)."""
     log_p = -((x_prev - mu) ** 2) / (2 * sigma**2) - sigma.log()
     return (log_p - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
-
-
-def ddim_step(schedule, prediction, x_t, t, noise):
-    """A sampling step x_t -> x_{t-1} with `noise` (B, C, h, w), and its log-probability.
-
-    Training calls the same `ddim_mean` and `log_prob` on the stored x_{t-1}. Returns
-    x_prev (B, C, h, w) float32, log_p (B,).
-    """
-    mu, sigma = ddim_mean(schedule, prediction.float(), x_t, t)
-    x_prev = mu + sigma * noise
-    assert x_prev.dtype == x_t.dtype == torch.float32, "latents must be float32"
-    return x_prev, log_prob(x_prev, mu, sigma)
 
 
 def gaussian_kl(mu, mu_ref, sigma):
@@ -143,17 +121,17 @@ def gaussian_kl(mu, mu_ref, sigma):
 def guided_prediction(unet, schedule, x_t, t, cond, uncond, guidance):
     """Classifier-free guidance, uncond + g * (cond - uncond), in one UNet call.
 
-    x_t: (B, C, h, w); t: (B,) paper time; cond: (B, L, d); uncond: (1, L, d). Sampling
-    and training both come here, so both use the same guided noise (Table 6: g = 5).
-    Guidance 1 needs no unconditional half. Returns (B, C, h, w) float32.
+    x_t: (B, C, h, w); cond: (B, L, d); uncond: (1, L, d). Sampling and training both come
+    here, so both use the same guided noise (Table 6: g = 5). The gradient flows through
+    both halves, through the unconditional one with the factor 1 - g. Guidance 1 needs no
+    unconditional half. Returns (B, C, h, w) float32.
     """
-    timestep = schedule.timestep[t.cpu()].to(x_t.device)
+    timestep = schedule.timestep[t].to(x_t.device)
     x_in = x_t.to(unet.dtype)
     if guidance == 1:
         return unet(x_in, timestep, cond, return_dict=False)[0].float()
     text = torch.cat([uncond.expand_as(cond), cond])
-    x_in, timestep = torch.cat([x_in] * 2), torch.cat([timestep] * 2)
-    both = unet(x_in, timestep, text, return_dict=False)[0]
+    both = unet(torch.cat([x_in, x_in]), timestep, text, return_dict=False)[0]
     without, with_prompt = both.float().chunk(2)
     return without + guidance * (with_prompt - without)
 
@@ -169,33 +147,96 @@ def keyed_noise(generators, shape, device):
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
-@torch.no_grad()
-def denoise(unet, schedule, x, start, stop, cond, uncond, guidance, generators, keep=False):
-    """Steps t = start..stop+1 of the guided denoising loop, from x_start to x_stop.
+@dataclass
+class Policy:
+    """The UNet as the policy pi(a_t | s_t) of Eq. 1, and the two ways that it walks.
 
-    x: (P, C, h, w). cond: (P, L, d). generators: P*K of them, K branches for each row
-    of x in turn. All branches of a root share x_start, so the first step needs one UNet
-    call a root and not K. Returns x_stop (P*K, C, h, w); with `keep`, the
-    trajectory as well: states x_start..x_stop (P*K, start-stop+1, C, h, w) and log p of
-    its steps (P*K, start-stop).
+    `denoise` follows one path from each state, `branch` follows K. Both work through P
+    states in batches; noise is keyed, so the batches do not change what comes out.
     """
-    branches, left = divmod(len(generators), len(x))
-    assert left == 0, f"{len(generators)} generators for {len(x)} states: not a multiple"
-    states, log_ps = [], []
-    for t in range(start, stop, -1):
-        now = torch.full((len(x),), t)
-        prediction = guided_prediction(unet, schedule, x, now, cond, uncond, guidance)
-        if t == start and branches > 1:
-            prediction, x, cond, now = (
-                v.repeat_interleave(branches, 0) for v in (prediction, x, cond, now)
-            )
-        if t == start and keep:
-            states.append(x)
-        noise = keyed_noise(generators, x.shape[1:], x.device)
-        x, log_p = ddim_step(schedule, prediction, x, now, noise=noise)
-        if keep:
-            states.append(x)
-            log_ps.append(log_p)
-    if start == stop:  # nothing to denoise, but the branches still want their copies
-        x = x.repeat_interleave(branches, 0)
-    return (x, torch.stack(states, 1), torch.stack(log_ps, 1)) if keep else x
+
+    unet: torch.nn.Module
+    schedule: Schedule
+    embed: Callable  # B prompts -> text embeddings (B, L, d) on the device, in the UNet's dtype
+    latent_shape: tuple  # (C, h, w)
+    device: torch.device
+    guidance: float = 5.0
+    sample_batch: int = 8  # states a UNet call in sampling; guidance doubles it
+
+    def __call__(self, x_t, t, prompts):
+        """Eq. 1: mu_theta (B, C, h, w) and sigma_t of p_theta(x_{t-1} | x_t, c). Gradients flow.
+
+        x_t: (B, C, h, w) float32 on the device; B prompts.
+        """
+        cond, uncond = self.embed(prompts), self.embed([""])
+        prediction = guided_prediction(
+            self.unet, self.schedule, x_t, t, cond, uncond, self.guidance
+        )
+        return ddim_mean(self.schedule, prediction, x_t, t)
+
+    def noise(self, keys):
+        """x_T: one standard normal a key, (len(keys), C, h, w) on the CPU."""
+        if not keys:
+            return torch.zeros(0, *self.latent_shape)
+        return keyed_noise([keyed_generator(*key) for key in keys], self.latent_shape, "cpu")
+
+    def denoise(self, x, start, stop, prompts, keys):
+        """Steps t = start..stop+1 of P states, a key of noise each: x_stop (P, C, h, w), CPU.
+
+        x: (P, C, h, w), or None to draw x_T from the keys as well.
+        """
+        batches = self._walk_all(x, start, stop, prompts, [[key] for key in keys])
+        ends = [states[:, 0, -1] for states, _ in batches]
+        return torch.cat(ends) if ends else torch.zeros(0, *self.latent_shape)
+
+    def branch(self, x, start, stop, prompts, keys):
+        """BS, Sec. 3.3: K branches of each x_start, with all that training needs of them.
+
+        x: (P, C, h, w); keys: P lists of K. Returns, on the CPU, the states
+        x_start..x_stop (P, K, start - stop + 1, C, h, w) and log p_old of the steps
+        between them (P, K, start - stop).
+        """
+        batches = list(self._walk_all(x, start, stop, prompts, keys))
+        if not batches:  # a process without a root
+            return torch.zeros(0, 1, start - stop + 1, *self.latent_shape), torch.zeros(0)
+        states, log_p = zip(*batches)
+        return torch.cat(states), torch.cat(log_p)
+
+    def _walk_all(self, x, start, stop, prompts, keys):
+        """`_walk` of P states in batches of about equal size; yields its results on the CPU."""
+        if not keys:
+            return
+        K = len(keys[0])
+        count = math.ceil(len(keys) / max(1, self.sample_batch // K))
+        with tqdm(total=count * (start - stop), desc="sampling", leave=False, disable=None) as bar:
+            for rows in torch.arange(len(keys)).tensor_split(count):
+                few = None if x is None else x[rows].to(self.device)
+                few_prompts = [prompts[p] for p in rows]
+                few_keys = [keys[p] for p in rows]
+                states, log_p = self._walk(few, start, stop, few_prompts, few_keys, bar)
+                yield states.cpu(), log_p.cpu()
+
+    @torch.no_grad()
+    def _walk(self, x, start, stop, prompts, keys, bar):
+        """K branches of each of b states, together: states (b, K, ...) and log p, as `branch`."""
+        K = len(keys[0])
+        generators = [keyed_generator(*key) for branches in keys for key in branches]
+        if x is None:  # x_T comes first out of each key
+            x = keyed_noise(generators, self.latent_shape, self.device)
+        states, log_ps = [x.repeat_interleave(K, 0)], []
+        for t in range(start, stop, -1):
+            if t == start:
+                # Branches of a root share x_start: one UNet call a root, not K
+                mu, sigma = self(x, t, prompts)
+                mu = mu.repeat_interleave(K, 0)
+                prompts = [prompt for prompt in prompts for _ in range(K)]
+            else:
+                mu, sigma = self(states[-1], t, prompts)
+            x_prev = mu + sigma * keyed_noise(generators, self.latent_shape, self.device)
+            assert x_prev.dtype == torch.float32, "latents must be float32"
+            states.append(x_prev)
+            log_ps.append(log_prob(x_prev, mu, sigma))
+            bar.update()
+        states = torch.stack(states, 1).unflatten(0, (-1, K))
+        log_p = torch.stack(log_ps, 1) if log_ps else torch.zeros(len(generators), 0)
+        return states, log_p.unflatten(0, (-1, K))

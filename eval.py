@@ -6,84 +6,90 @@
     metric             what it is                                             source
     CLIPScore          cosine of CLIP's picture and text embeddings           Sec. 4.1
     BERTScore          recall of LLaVA's description, `--metrics clip,bert`   Sec. 4.1
-    inception score    exp(E_x KL(p(y|x) || p(y))), `inception_score`         Eq. 9, App. F.2
+    inception score    exp(E_x KL(p(y|x) || p(y))), `--metrics clip,is`       Eq. 9, App. F.2
     recognised         share that the tiny model's judge calls right          [ours], tiny only
-    style entropy      of the icon styles that CLIP sees, nats                [ours], tiny only
 
 A picture's noise is keyed by its prompt and number alone: the same for every model,
 method and training seed, so models are compared in pairs. +- is a standard error over
 pictures. The paper's studies (Table 5, Fig. 5, 6, 8, 11, 12) are scripts in `studies/`.
 """
 
+import support  # noqa: F401  it sets what must be set before torch is imported
+
+import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from files import read_safetensors, write_json
-from lora import inject_lora, load_lora
-from model import DTYPES, ETA, GUIDANCE, T, add_model_flags, choose_device, default_precision
-from model import load_model, progress, tiny_folder
-from processes import Parser, Stop, all_sum, die
-from prompts import load_prompts
+from lora import lora_off
 from rewards import REWARDS, check_reward_name, load_reward
-from report import save_grid
-from run_folder import CHECKPOINT, LORA, parse_settings, read_config
+from support.command import Parser, Stop, die, first_line
+from support.pipeline import DTYPES, ETA, GUIDANCE, T, add_model_flags, check_model_flags
+from support.pipeline import load_pipeline, tiny_folder
+from support.processes import all_sum
+from support.prompts import load_prompts
+from support.report import COLUMNS, GRID, save_grid
+from support.run_folder import CHECKPOINT, LORA, paste, read_config, read_json, read_safetensors
+from support.run_folder import reading, write_json
 
-MAY_BE_OPEN = ("image_size", "prediction_type")  # as the model's files say
-LABELS = {"clip": "CLIPScore", "bert": "BERTScore", "recognised": "judge"}
+LABELS = {"clip": "CLIPScore", "bert": "BERTScore"}
 
 
 # ---------------------------------------------------------------- scores of a model
 
 
 @torch.no_grad()
-def evaluate(
-    model, reward, prompts, each, judge=None, worker=0, workers=1, keep=72, seed=(), offload=False
-):
+def evaluate(pipeline, rewards, prompts, each, judge=None, worker=0, workers=1, seed=()):
     """Score `each` pictures of every prompt, drawn from noise keyed by (prompt, number, *seed).
 
-    Processes share the work. Returns {"score": list of n, "recognised": list of n or
-    None}, number by number of every prompt, and this process's first `keep` pictures
+    rewards: by name. Processes share the work. Returns {name: list of n}, number by number
+    of every prompt, with "recognised" (None without a judge); and this process's pictures
     (m, 3, H, W).
     """
-    owners = [(prompt, k) for k in range(each) for prompt in prompts]
-    scores, recognised, images = torch.zeros(len(owners)), torch.zeros(len(owners)), []
+    policy = pipeline.policy
+    owners = [(prompt, number) for number in range(each) for prompt in prompts]
     own = list(range(len(owners)))[worker::workers]
-    batches = [own[lo : lo + model.sample_batch] for lo in range(0, len(own), model.sample_batch)]
-    for batch in progress(batches, "evaluating"):
-        names = [owners[j][0] for j in batch]
-        keys = [("evaluation", *owners[j], *seed) for j in batch]
-        if offload:
-            model.embed([*names, ""])  # before the text encoder leaves the device
-            model.move_others(reward, "cpu")
-        x_0 = model.denoise(None, model.schedule.T, 0, names, keys)
-        if offload:
-            model.move_others(reward, model.device)
-        pictures = model.decode(x_0)
-        scores[batch] = reward(pictures, names)
+    names = [owners[j][0] for j in own]
+    keys = [("evaluation", *owners[j], *seed) for j in own]
+    x_0 = policy.denoise(None, policy.schedule.T, 0, names, keys)
+    scores = {name: torch.zeros(len(owners)) for name in (*rewards, "recognised")}
+    pictures = []
+    size = pipeline.decode_batch
+    for start in tqdm(range(0, len(own), size), desc="scoring", leave=False, disable=None):
+        rows = own[start : start + size]
+        some_names = names[start : start + size]
+        pictures.append(pipeline.decode(x_0[start : start + size]))
+        for name, reward in rewards.items():
+            scores[name][rows] = reward(pictures[-1], some_names)
         if judge:
-            recognised[batch] = judge(pictures, names).float()
-        images.append(pictures[: max(0, keep - sum(map(len, images)))])
-    images = torch.cat(images) if images else torch.zeros(0, 3, 8, 8)
-    scores, recognised = (all_sum(v, model.device).tolist() for v in (scores, recognised))
-    return {"score": scores, "recognised": recognised if judge else None}, images
+            scores["recognised"][rows] = judge(pictures[-1], some_names).float()
+    scores = {name: all_sum(v, pipeline.device).tolist() for name, v in scores.items()}
+    if not judge:
+        scores["recognised"] = None
+    return scores, torch.cat(pictures) if pictures else torch.zeros(0, 3, 8, 8)
 
 
-def load_judge(model, candidates):
-    """The tiny model's judge, never a reward: (pictures, prompts) -> (B,) bool; None elsewhere."""
-    if model.tiny is None:
+def find_judge(pipeline, candidates):
+    """The tiny model's judge, never a reward: (pictures, prompts) -> (B,) bool; None elsewhere.
+
+    None, too, where one of the candidates is a user's own prompt, which it has never seen.
+    """
+    if pipeline.tiny is None:
         return None
-    from tiny.recognise import load_judge, recognise
+    from tiny.judge import load_judge, recognise
     from tiny.world import parse
 
-    judge = load_judge(model.tiny / "judge")
     try:
         [parse(prompt) for prompt in candidates]
-    except ValueError:  # a user's own prompts, which the judge has never seen
+    except ValueError:
         return None
+    judge = load_judge(pipeline.tiny / "judge")
     return lambda images, prompts: recognise(judge, images, prompts)
 
 
@@ -100,17 +106,19 @@ def paired_gain(before, after):
 
 def compare(before, after, score_name):
     """Scores before and after by prompt list -> a summary dict and the lines that print it."""
-    rows, summary = [], {}
+    summary, rows = {}, []
     for name in before:
         for what, label in (("score", score_name), ("recognised", "judge")):
             old, new = before[name][what], after[name][what]
             if old is None or new is None:
                 continue
             gain, error = paired_gain(old, new)
-            a, b, n = sum(old) / len(old), sum(new) / len(new), len(old)
-            summary[f"{name}_{what}"] = dict(before=a, after=b, gain=gain, error=error, n=n)
-            gain = f"gain {gain:+.4f} +- {error:.4f} (standard error, {n} pictures)"
-            rows.append(f"  {name:7} {label:5}  {a:.4f} -> {b:.4f}   {gain}")
+            found = dict(
+                before=mean_error(old)[0], after=mean_error(new)[0], gain=gain, error=error
+            )
+            summary[f"{name}_{what}"] = found | {"n": len(old)}
+            row = "{before:.4f} -> {after:.4f}   gain {gain:+.4f} +- {error:.4f}".format(**found)
+            rows.append(f"  {name:7} {label:5}  {row} (standard error, {len(old)} pictures)")
     return summary, rows
 
 
@@ -126,127 +134,110 @@ def inception_score(features):
     return (log_p.exp() * (log_p - log_q)).sum(1).mean().exp().item()
 
 
-def inception_left_out(features):
-    """`inception_score` without each of the n >= 3 pictures in turn: (n,).
-
-    With H the entropy, Eq. 9 is exp(H(mean p) - mean H(p)): both means without picture
-    i are one subtraction away.
-    """
-    n = len(features)
-    p = features.double().softmax(1)
-    h = -torch.special.xlogy(p, p).sum(1)  # (n,), the entropy of each p(y|x)
-    q = ((p.sum(0) - p) / (n - 1)).clamp(min=0)  # (n, d), p(y) without picture i
-    return (-torch.special.xlogy(q, q).sum(1) - (h.sum() - h) / (n - 1)).exp()
-
-
-def jackknife_error(left_out):
-    """Standard error of a statistic from its values without each of n pictures (n,).
-
-    The difference of two models' values, picture by picture, gives that of their
-    difference on the same prompts and noise. Prompts count as random as pictures, so it
-    errs upwards.
-    """
-    v = torch.tensor(left_out, dtype=torch.float64)
-    return ((len(v) - 1) / len(v) * (v - v.mean()).square().sum()).sqrt().item()
-
-
-def style_entropy(clip, images, prompts):
-    """Entropy in nats of the tiny world's styles that CLIP sees in pictures (n, 3, H, W).
-
-    A picture's style is the one whose caption "<prompt>, <style> style" CLIP scores
-    highest. Returns the entropy (log 3 = 1.099 at most, 0 if all are of one style) and
-    the shares.
-    """
-    from tiny.sprites import STYLES
-    from tiny.world import style_prompts
-
-    text = clip.embed_text([caption for p in prompts for caption in style_prompts(p)])
-    seen = clip.embed_images(images)  # (n, d)
-    scores = (text.view(len(images), len(STYLES), -1) * seen[:, None]).sum(2)
-    share = torch.bincount(scores.argmax(1), minlength=len(STYLES)) / len(images)
-    entropy = -torch.special.xlogy(share, share).sum().item() + 0.0  # + 0.0: no -0.0
-    return entropy, dict(zip(STYLES, share.tolist()))
-
-
-def score_model(model, rewards, clip, judge, prompts, args):
+def score_model(pipeline, rewards, clip, judge, prompts, args):
     """Every metric of one model: a row {label: value or (value, error)}, and its pictures.
 
-    rewards: {name: reward}; clip: the CLIP of inception score and style entropy, or
-    None.
+    rewards: {name: reward}; clip: the CLIP of the inception score, or None.
     """
-    owners, (first, *others) = prompts * args.images, rewards
-    keep = len(owners)
-    scores, images = evaluate(
-        model, rewards[first], prompts, args.images, judge, 0, 1, keep, args.seed, args.offload
-    )
-    scores[first] = scores.pop("score")
-    size = model.decode_batch
-    for name in others:
-        pieces = [(images[lo : lo + size], owners[lo : lo + size]) for lo in range(0, keep, size)]
-        scores[name] = torch.cat([rewards[name](x, c) for x, c in pieces]).tolist()
-    row = {LABELS.get(name, name): mean_error(scores[name]) for name in rewards}
-    if "is" in args.metrics:
-        features = clip.embed_images(images, normalize=False)
-        left_out = inception_left_out(features).tolist() if len(features) > 2 else [0.0]
-        row["inception score"] = inception_score(features), jackknife_error(left_out)
-        row["inception score, left out"] = left_out
-    if judge:
-        row["recognised"] = mean_error(scores["recognised"])
-    if model.tiny and judge and clip:
-        row["style entropy"], row["styles"] = style_entropy(clip, images, owners)
-    return row | {"n": len(owners), "scores": scores}, images
+    scores, pictures = evaluate(pipeline, rewards, prompts, args.images, judge, seed=args.seed)
+    row = {LABELS.get(name, name): mean_error(v) for name, v in scores.items() if v}
+    if clip:
+        row["inception score"] = inception_score(clip.embed_images(pictures, normalize=False))
+    return row | {"n": len(pictures), "scores": scores}, pictures
 
 
 def print_table(results):
     """A Markdown table, a row a model."""
-    hidden = ("scores", "styles", "n", "inception score, left out")
-    columns = [c for c in next(iter(results.values())) if c not in hidden]
+    columns = [c for c in next(iter(results.values())) if c not in ("scores", "n")]
     print("| model | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for name, row in results.items():
-        values = [row[c] for c in columns]
-        cells = [
-            f"{v[0]:.4f} +- {v[1]:.4f}" if isinstance(v, tuple) else f"{v:.4f}" for v in values
-        ]
+        values = [row[c] if isinstance(row[c], tuple) else (row[c],) for c in columns]
+        cells = [" +- ".join(f"{number:.4f}" for number in value) for value in values]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
+def load_lora(pipe, path):
+    """Put a LoRA into the pipeline, diffusers converting its names and its alpha.
+
+    path: a run folder, one of its files, a file of a web UI (kohya's names), or a peft
+    folder. Ends with a clear line if there is no LoRA that can be read, or if it is of
+    another model.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        names = (LORA, CHECKPOINT, "adapter_model.safetensors")
+        file = next((file / name for name in names if (file / name).exists()), file / LORA)
+    try:
+        state, header = read_safetensors(file)
+        if "rounds_done" in header:
+            print(f"{path} is not finished: its LoRA after round {header['rounds_done']}")
+            state = {name: value for name, value in state.items() if ":" not in name}
+        pipe.unload_lora_weights()
+        if file.name == "adapter_model.safetensors":  # peft's own folder
+            config = json.loads((file.parent / "adapter_config.json").read_text())
+            state = {name.removeprefix("base_model.model."): v for name, v in state.items()}
+            pipe.unet.load_lora_adapter(state, prefix=None, metadata=config)
+        else:
+            pipe.load_lora_weights(state)
+    except Exception as problem:  # of three libraries
+        again = ""
+        if not file.exists() and Path(path, "config.json").exists():
+            again = ": no round is finished, " + paste("python", "train.py", "--resume", path)
+        die(f"no LoRA of this model at {file} ({first_line(problem)}){again}")
+    if not pipe.get_active_adapters():
+        die(f"{file} holds no LoRA of a UNet")
+
+
+# ---------------------------------------------------------------- before, during and after a run
+
+
+class Run(NamedTuple):
+    """Where a run lies and who tells of it. Only the first process writes and speaks."""
+
+    folder: Path
+    worker: int
+    workers: int
+    say: Callable  # a line for the screen
+    track: Callable  # (metrics, queries), for --report-to
+
+
+def draw(run, pipeline, reward, judge, prompts, each, name):
+    """Score `each` pictures of the prompts; their grid goes to grids/<name>.png."""
+    rewards = {"score": reward}
+    scores, images = evaluate(pipeline, rewards, prompts, each, judge, run.worker, run.workers)
+    if run.worker == 0:
+        path = run.folder / f"grids/{name}.png"
+        save_grid(path, images[:GRID], COLUMNS)
+        run.say(f"Pictures: {path}")
+    return scores
+
+
+def draw_lists(run, pipeline, reward, judge, lists, each, when):
+    """`draw` every list of prompts, before or after; scores by list, as in <when>.json."""
+    results = {}
+    for name, prompts in lists.items():
+        run.say(f"Scoring {each * len(prompts)} pictures of the list {name}, {when} training ...")
+        results[name] = draw(run, pipeline, reward, judge, prompts, each, f"{when}-{name}")
+    if run.worker == 0:
+        write_json(run.folder / f"{when}.json", results)
+    return results
+
+
+def scores_before(run, cfg, pipeline, reward, judge, lists):
+    """What the base model gets: of a resumed run from its files, if all of them are there."""
+    path = run.folder / "before.json"
+    grids = [run.folder / f"grids/before-{name}.png" for name in lists]
+    if cfg.resume and path.exists() and all(grid.exists() for grid in grids):
+        with reading(path):
+            before = read_json(path)
+            for name, prompts in lists.items():
+                assert len(before[name]["score"]) == cfg.eval_images * len(prompts), name
+            return before
+    with lora_off(pipeline.policy.unet):
+        return draw_lists(run, pipeline, reward, judge, lists, cfg.eval_images, "before")
+
+
 # ---------------------------------------------------------------- the command
-
-
-def read_lora(path):
-    """The LoRA tensors of a run folder or a .safetensors file; ends with a clear line if none."""
-    path, run = Path(path), Path(path)
-    if os.path.isdir(run):
-        path = run / LORA
-        if not path.exists() and (run / CHECKPOINT).exists():
-            path = run / CHECKPOINT
-        elif not path.exists() and (run / "config.json").exists():
-            die(f"the run {run} has no finished round yet: python train.py --resume {run}")
-    try:
-        state, header = read_safetensors(path)
-    except (OSError, ValueError) as problem:
-        die(f"no LoRA at {path} ({problem}): give a run folder or a .safetensors file")
-    if "rounds_done" in header:
-        print(f"{run} is not finished: its LoRA after round {header['rounds_done']}")
-        state = {name: value for name, value in state.items() if ":" not in name}
-    if not any(name.endswith("lora_A.weight") for name in state):
-        die(f"{path} holds no LoRA in the names that train.py writes (unet...lora_A.weight)")
-    if header.get("unet.lora_alpha") != header.get("unet.r"):
-        die(f"{path} is scaled by alpha / rank, which is always 1 here")
-    for name, v in state.items():
-        if v.dim() != 2 or 0 in v.shape or not v.float().isfinite().all():
-            die(f"{path}: {name}, of shape {tuple(v.shape)}, is no weight of a LoRA, or not finite")
-    return state
-
-
-def apply_lora(model, name, state):
-    """Put the LoRA `state` into the UNet; ends with one line if it is of another model."""
-    try:
-        rank = next(v.shape[0] for k, v in state.items() if k.endswith("lora_A.weight"))
-        inject_lora(model.unet, rank)
-        load_lora(model.unet, state)
-    except ValueError as problem:
-        die(f"{name}: {problem}")
 
 
 def base_parser(description, out):
@@ -256,7 +247,7 @@ def base_parser(description, out):
     add("--lora", nargs="*", default=[], metavar="RUN", help="run folders or LoRA files")
     add("--template", type=int, choices=(1, 2, 3), default=1, help="prompt template (App. H)")
     add("--prompts", help="a file of prompts, one a line")
-    metrics = f"by commas: {', '.join(REWARDS)} or your own file.py:function, which is run"
+    metrics = f"by commas: {', '.join(REWARDS)}, is, or your own file.py:function, which is run"
     add("--metrics", help=f"{metrics} (default: the run's reward)")
     add("--T", type=int, help="denoising steps (default: the run's, else 20)")
     add("--eta", type=float, help="weight of DDIM's noise (default: the run's, else 1)")
@@ -264,69 +255,59 @@ def base_parser(description, out):
     add("--batch", type=int, help="pictures at once (default 8, tiny 64)")
     add("--out", help=f"folder for the JSON and the pictures (default {out}-1, -2, ...)")
     add_model_flags(add)
-    parser.set_defaults(default_out=out)
+    parser.set_defaults(default_out=out, model=None)
     return parser
-
-
-def settings_of(run):
-    """What a run was trained with, under the names of the flags here, checked as flags are."""
-    names, config = ("model", "T", "eta", "guidance", *MAY_BE_OPEN), read_config(run)
-    settings = {name: config.get(name) for name in names} | {"metrics": config.get("reward")}
-    return vars(parse_settings(base_parser("", ""), settings, f"{run}/config.json"))
 
 
 def fill_in(args):
     """What the flags leave open is as in the runs of --lora; bad input ends with one line."""
-    runs = [settings_of(r) for r in args.lora if os.path.exists(os.path.join(r, "config.json"))]
+    runs = [r for r in args.lora if os.path.exists(os.path.join(r, "config.json"))]
+    configs = [read_config(run) for run in runs]
     defaults = dict(model="tiny", T=T, eta=ETA, guidance=GUIDANCE, metrics="clip")
-    for name in (*defaults, *MAY_BE_OPEN):
+    defaults |= dict(image_size=None, prediction_type=None, model_config=None, base_lora=None)
+    for name, default in defaults.items():
         if getattr(args, name) is None:
-            values = {run[name] for run in runs}
+            key = "reward" if name == "metrics" else name
+            values = {config.get(key) for config in configs}
             if len(values) > 1:
                 both = " and ".join(sorted(map(str, values)))
                 die(f"the runs differ in {name}, {both}: choose by --{name.replace('_', '-')}")
-            setattr(args, name, defaults.get(name) if values <= {None} else values.pop())
-    for name in ("batch", "images", "roots", "T"):
+            value = values.pop() if values else None
+            setattr(args, name, default if value is None else value)
+    check_model_flags(args)
+    for name in ("batch", "images", "roots"):
         value = getattr(args, name, None)
         if value is not None and not 1 <= value < 10**6:
             die(f"--{name} must be 1 or more, and below a million")
-    if args.T > 999:
-        die("--T must be at most 999: the model knows 1000 timesteps, the first is 1")
-    if not 0 < args.eta <= 1:
-        die("--eta must be above 0 and at most 1")
-    if not 0 <= args.guidance < math.inf:
-        die("--guidance must be 0 or more")
     args.metrics = [m.strip() for m in args.metrics.split(",") if m.strip()]
     if not args.metrics:
         die("--metrics is empty")
     for metric in args.metrics:
         if metric != "is" and (problem := check_reward_name(metric)):
             die(problem)
-    choose_device(args)
-    args.precision = args.precision or default_precision(args)
     args.sample_batch = args.decode_batch = args.batch or (64 if tiny_folder(args.model) else 8)
-    args.checkpointing = args.compile = args.channels_last = False
+    args.checkpointing = args.compile = False
     number = 1
     while args.out is None and os.path.exists(f"{args.default_out}-{number}"):
         number += 1
-    args.out = args.out or f"{args.default_out}-{number}"
-    if os.path.isdir(args.out) and any(Path(args.out).glob("*.json")):
-        die(f"{args.out} holds results: take another --out")
+    args.out = os.path.expanduser(args.out or f"{args.default_out}-{number}")
+    if os.path.isdir(args.out) and os.listdir(args.out):
+        die(f"{args.out} is not empty: take another --out")
     return args
 
 
 def load(args, known):
-    """Model, rewards by name, the CLIP of the other metrics or None, and the judge over `known`."""
+    """Pipeline, rewards by name, the inception score's CLIP or None, and the judge over `known`."""
     device = torch.device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    model, dtype = load_model(args, device), DTYPES[args.precision]
+    pipeline = load_pipeline(args, device)
+    dtype = DTYPES[args.precision]
     names = [m for m in args.metrics if m != "is"] or ["clip"]
-    rewards = {name: load_reward(name, model.tiny, device, dtype) for name in names}
-    clip = rewards.get("clip")
-    if clip is None and "is" in args.metrics:
-        clip = load_reward("clip", model.tiny, device, dtype)
-    return model, rewards, clip and clip.model, load_judge(model, known)
+    rewards = {name: load_reward(name, pipeline.tiny, device, dtype) for name in names}
+    clip = None
+    if "is" in args.metrics:
+        clip = rewards.get("clip") or load_reward("clip", pipeline.tiny, device, dtype)
+        clip = clip.model
+    return pipeline, rewards, clip, find_judge(pipeline, known)
 
 
 def parse_args(argv):
@@ -343,7 +324,8 @@ def parse_args(argv):
     if args.prompt and not all(p.strip() for p in args.prompt):
         die("--prompt is empty")
     args.seed = () if args.seed is None else (args.seed,)
-    args.images = args.images if args.images is not None else 8 if args.prompt else 2
+    if args.images is None:
+        args.images = 8 if args.prompt else 2
     return fill_in(args)
 
 
@@ -352,25 +334,24 @@ def run(args):
     prompts = args.prompt or (unseen if args.split == "unseen" else train)
     if not prompts:
         die(f"{args.prompts} has no [{args.split}] list")
-    loras = {} if args.no_base else {"base": None}
-    loras |= {str(r): read_lora(r) for r in args.lora}
+    models = [] if args.no_base else ["base"]
+    models += args.lora
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    known = list(dict.fromkeys([*train, *unseen, *prompts]))
-    model, rewards, clip, judge = load(args, known)
+    pipeline, rewards, clip, judge = load(args, prompts)
     results, rows = {}, []
-    for name, state in loras.items():
-        if state is not None:
-            apply_lora(model, name, state)
-        results[name], images = score_model(model, rewards, clip, judge, prompts, args)
-        rows.append(images.unflatten(0, (args.images, len(prompts))))  # (number, prompt, ...)
+    for name in models:
+        if name in args.lora:
+            load_lora(pipeline.pipe, name)
+        results[name], pictures = score_model(pipeline, rewards, clip, judge, prompts, args)
+        rows.append(pictures.unflatten(0, (args.images, len(prompts))))  # (number, prompt, ...)
     print_table(results)
     print(f"\n+- is the standard error over {args.images * len(prompts)} pictures a model.")
     write_json(folder / "scores.json", {"settings": vars(args), "results": results})
     if args.prompt:  # for each prompt a row a model, a column a noise
         grid = [row[:, p] for p in range(len(prompts)) for row in rows]
     else:  # a row a model, a column a prompt and its noise, from all over the list
-        grid = [row[0, :: max(1, len(prompts) // 9)][:9] for row in rows]
+        grid = [row[0, :: max(1, len(prompts) // COLUMNS)][:COLUMNS] for row in rows]
     save_grid(folder / "grid.png", torch.cat(grid), len(grid[0]))
     order = "for each prompt " if len(prompts) > 1 and args.prompt else ""
     print(f"Pictures, {order}a row a model, the same noise a column: {folder}/grid.png")

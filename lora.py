@@ -43,26 +43,21 @@ class LoRALinear(nn.Module):
 def inject_lora(unet, rank=4, targets=TARGETS, seed=0):
     """Freeze `unet`, wrap its attention projections, return the parameters by name.
 
-    The names are those of the file. Layers injected before are replaced. Raises
-    ValueError if no module matches.
+    targets: ends of the names of linear layers, e.g. "ff.net.2" for the feed-forward
+    part. The names are those of the file. Raises ValueError if a target
+    matches no linear layer.
     """
-    remove_lora(unet)
     unet.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, module in list(unet.named_modules()):
-        if isinstance(module, nn.Linear) and ".attn" in name and name.endswith(targets):
+    linear = {n: m for n, m in unet.named_modules() if isinstance(m, nn.Linear)}
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in linear):
+            raise ValueError(f"no linear layer of this UNet is named {target}")
+    for name, module in linear.items():
+        if name.endswith(tuple(f".{target}" for target in targets)):
             parent, _, child = name.rpartition(".")
             setattr(unet.get_submodule(parent), child, LoRALinear(module, rank, generator))
-    if not lora_layers(unet):
-        raise ValueError(f"no attention projection named {', '.join(targets)} in this UNet")
     return lora_parameters(unet)
-
-
-def remove_lora(unet):
-    """Put the frozen layers back in place."""
-    for name, layer in lora_layers(unet).items():
-        parent, _, child = name.rpartition(".")
-        setattr(unet.get_submodule(parent), child, layer.base)
 
 
 def lora_layers(unet):
@@ -104,23 +99,3 @@ def webui_state(state):
 
     converted = convert_state_dict_to_kohya(dict(state))
     return {k: v.float() for k, v in converted.items()}
-
-
-def load_lora(unet, state):
-    """Copy `state` into the injected layers.
-
-    Raises ValueError naming the first difference if it belongs to another model, rank
-    or target list.
-    """
-    own = lora_parameters(unet)
-    if differ := sorted(own.keys() ^ state.keys()):
-        raise ValueError(f"this LoRA is of another model: differs at {differ[0]}")
-    for name, value in state.items():
-        if value.shape != own[name].shape:
-            raise ValueError(
-                f"this LoRA is of another model or rank: {name} is {tuple(value.shape)}, "
-                f"not {tuple(own[name].shape)}"
-            )
-    with torch.no_grad():
-        for name, value in state.items():
-            own[name].copy_(value)

@@ -14,17 +14,27 @@ Your own, in full (`from rewards import to_pil` makes PIL pictures):
     def score(images, prompts):
         return images.mean((1, 2, 3))
 
+Rewards written for the common DDPO trainers run as they are: a third argument (metadata),
+an answer (scores, info), a function without arguments that builds the reward.
+
 Departures: [ours] DDPO sends LLaVA JPEGs of quality 80, a detail of its server; here it
 sees the pictures as they are. LLaVA 1.5 [paper]; DDPO's server has an earlier one.
 """
 
+import contextlib
+import hashlib
+import importlib.util
+import inspect
 import io
 import os
+import sys
+import traceback
+from modulefinder import ModuleFinder
+from pathlib import Path
 
 import torch
 
-from own_reward import one_line, own_reward, split_name
-from processes import Stop, die
+from support.command import Stop, die, first_line
 
 CLIP_SD = ("ViT-H-14", "laion2b_s32b_b79k")  # Sec. 4.1; the weights [official]
 LLAVA = "llava-hf/llava-1.5-7b-hf"  # Sec. 4.1: LLaVA v1.5, 7B, half precision
@@ -174,6 +184,17 @@ def jpeg_reward(images, prompts):
     return torch.tensor(sizes)
 
 
+# -------------------------------------------------- a reward by its name, and your own
+
+
+def split_name(name):
+    """The path and function of "path/file.py:function"; None for a built-in reward."""
+    path, colon, function = name.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        return None
+    return Path(path).expanduser().resolve(), function
+
+
 def check_reward_name(name):
     """What is wrong with --reward `name`, one line, or None. Loads and runs nothing."""
     own = split_name(name)
@@ -188,43 +209,101 @@ def check_reward_name(name):
     return None
 
 
-def reward_source(name):
-    """The text of the file of --reward file.py:function; "" for a built-in reward."""
+def reward_code(name):
+    """A hash of the file of --reward file.py:function and of what it imports from its folder.
+
+    "" for a built-in reward. Nothing is run.
+    """
     own = split_name(name)
+    if own is None:
+        return ""
+    finder = ModuleFinder([str(own[0].parent)])
+    with contextlib.suppress(Exception):  # it says more when it is imported
+        finder.run_script(str(own[0]))
+    files = {module.__file__ for module in finder.modules.values() if module.__file__}
+    digest = hashlib.sha256()
+    for file in sorted(files | {str(own[0])}):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+def import_file(path):
+    """Import the user's file under its own name, so that processes it starts find it, too.
+
+    Its folder goes to the end of `sys.path`: modules beside it can be imported, and ours
+    and Python's keep their names. A file that is called like one of these is imported as
+    folder.file.
+    """
+    sys.path.append(str(path.parent))
+    found = importlib.util.find_spec(path.stem)
+    if found and found.origin == str(path):
+        return importlib.import_module(path.stem)
+    sys.path.append(str(path.parent.parent))
+    name = f"{path.parent.name}.{path.stem}"
+    print(f"{path.name} is called like another module, so it is imported as {name}.")
+    return importlib.import_module(name)
+
+
+def own_reward(name):
+    """The function of --reward file.py:function, or what it builds. This runs the file's code.
+
+    Raises `Stop` for whatever that raises, after the user's own traceback.
+    """
+    path, function = split_name(name)
+    reward = getattr(guarded(name, import_file, path), function, None)
+    if not callable(reward):
+        die(f"reward {name}: {path} has no function {function}")
+    return reward if required_arguments(reward) else guarded(name, reward)
+
+
+def required_arguments(function):
+    """How many arguments a function must be given by position."""
+    parameters = inspect.signature(function).parameters.values()
+    return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters)
+
+
+@torch.no_grad()
+def guarded(name, function, *inputs):
+    """function(*inputs) of the user's code, without gradients; what it raises becomes a `Stop`."""
     try:
-        return own[0].read_bytes().decode(errors="backslashreplace") if own else ""
-    except OSError as problem:
-        die(f"reward {name}: cannot read {own[0]} ({problem.strerror})")
+        return function(*inputs)
+    except (KeyboardInterrupt, Stop, torch.OutOfMemoryError):  # they say more themselves
+        raise
+    except BaseException as problem:  # sys.exit, too
+        if split_name(name):
+            traceback.print_exc()
+        raise Stop(f"reward {name} raised {first_line(problem)}") from problem
 
 
 def checked(reward, name):
     """`reward`, with its answer checked: a (B,) float32 CPU tensor of finite numbers.
 
-    It gets copies, and its answer is copied. Raises `Stop` naming the reward if it
-    raises or returns anything else, and naming the prompt for NaN or infinity. `.model`
-    is the reward itself, `.to(device)` moves its models if any.
+    It gets copies, without gradients, and its answer is copied. Raises `Stop` naming the
+    reward if it raises or returns anything else, and naming the prompt for NaN or
+    infinity. `.model` is the reward itself, `.to(device)` moves it if it can be moved.
     """
 
+    wants_metadata = split_name(name) and required_arguments(reward) == 3
+
     def call(images, prompts):
-        try:
-            answer = reward(images.clone(), list(prompts))
-        except (Stop, torch.OutOfMemoryError):  # they say more themselves
-            raise
-        except Exception as problem:
-            raise Stop(f"reward {name} raised {one_line(problem)}") from problem
+        B = len(prompts)
+        metadata = [[{} for _ in prompts]] if wants_metadata else []
+        answer = guarded(name, reward, images.clone(), list(prompts), *metadata)
+        if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict):
+            answer = answer[0]  # (scores, info)
         found = f"a {type(answer).__name__}"
         try:
             scores = torch.as_tensor(answer).detach()
             found += f" of {scores.dtype}, shape {tuple(scores.shape)}"
-            if scores.is_complex() or scores.shape != (len(prompts),):
+            if scores.is_complex() or scores.numel() != B:
                 raise ValueError
-            scores = scores.to("cpu", torch.float32, copy=True)
-            finite = scores.isfinite().tolist()
+            scores = scores.to("cpu", torch.float32, copy=True).reshape(B)
         except Exception:  # torch has many kinds for what is no list of numbers
-            wanted = f"{len(prompts)} numbers (tensor, array or list), one a picture"
+            wanted = f"{B} numbers (tensor, array or list), one a picture"
             raise Stop(f"reward {name} returned {found}: it must return {wanted}") from None
-        if False in finite:
-            bad = finite.index(False)
+        usable = scores.abs().lt(1e30).tolist()  # NaN is not, and sums must be finite, too
+        if False in usable:
+            bad = usable.index(False)
             raise Stop(f"reward {name} returned {scores[bad]} for the prompt {prompts[bad]!r}")
         return scores
 
@@ -244,15 +323,15 @@ def load_reward(name, tiny=None, device="cpu", dtype=torch.float32):
         return checked(own_reward(name), name)
     if name == "jpeg":
         return checked(jpeg_reward, name)
+    clip = CLIP_SD if tiny is None else (f"local-dir:{tiny}/clip", None)
     try:
-        if name == "bert":  # half precision [paper] where there is a GPU
-            half = torch.float16 if torch.device(device).type == "cuda" else dtype
-            return checked(BertScore(device=device, dtype=half), name)
-        if tiny is not None:
-            return checked(ClipScore(f"local-dir:{tiny}/clip", None, device), name)
-        return checked(ClipScore(*CLIP_SD, device, dtype), name)
+        if name == "clip":
+            return checked(ClipScore(*clip, device, dtype), name)
+        # half precision [paper] where there is a GPU
+        half = torch.float16 if torch.device(device).type == "cuda" else dtype
+        return checked(BertScore(device=device, dtype=half), name)
     except torch.OutOfMemoryError:
         raise
     except Exception as problem:  # the hub's errors, a missing or damaged file
-        reason = one_line(problem)
+        reason = first_line(problem)
         die(f"cannot load the model of reward {name} ({reason}): is the hub reachable?")

@@ -9,13 +9,12 @@ x_tau and trains on the best and the worst branch (Sec. 3.3). DDPO, the baseline
 setting: --no-bpt --no-bs.
 
 The loop in `algorithm_1` reads like Algorithm 1. The mathematics is in `b2rl.py` (Eq. 2
-to 8) and `ddim_logprob.py` (Eq. 1), the pipeline in `model.py`, the run folder in
-`run_folder.py`.
+to 8) and `ddim_logprob.py` (Eq. 1); what is not the paper's is in `support/`.
 
-    P roots, K branches, n trained steps        own: indices of this process's Q roots
-    x          (Q, K, n + 1, C, h, w)           states x_start..x_stop, on the CPU
-    log_p_old  (Q, K, n)                        log p of the policy that sampled them
-    scores     (P, K), of all processes         r_hat likewise
+    P roots, K branches; Q of the roots are this process's own (all, in a single process)
+    x          (Q, K, tau + 1, C, h, w)     states x_tau..x_0, on the CPU
+    log_p_old  (Q, K, tau)                  log p of the policy that sampled them
+    scores     (P, K), of all processes     r_hat likewise
 
 Deliberate departures, besides those that `b2rl.py` and `ddim_logprob.py` name, all [ours]:
 an update is of about `update_size` trajectories, in UNet calls as large as memory allows;
@@ -23,35 +22,32 @@ reward queries a round are a setting (roots: queries / branches), so that method
 a round in which no branch passes the threshold makes no update and says so.
 """
 
+import support  # noqa: F401  it sets what must be set before torch is imported
+
+import argparse
 import math
+import os
 import sys
-import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import run_folder
-from b2rl import RewardNormaliser, RoundLog, ddpo_loss, dpo_loss, dpo_pairs, dpok_loss
-from b2rl import StepWeights, micro_batches, pg_loss, select_all, select_pairs
-from b2rl import split_updates, tau_schedule, training_interval
-from ddim_logprob import gaussian_kl, keyed_generator, log_prob, step_factor
-from eval import compare, evaluate, load_judge
+from b2rl import RewardNormaliser, Rollout, StepWeights, ddpo_loss, dpo_loss, dpo_pairs
+from b2rl import dpok_loss, draw_roots, kl_to_base, pg_loss, select_all, select_pairs
+from b2rl import split_updates, step_energy, tau_schedule
+from ddim_logprob import gaussian_kl, keyed_generator, log_prob
+from eval import Run, compare, draw, draw_lists, find_judge, scores_before
 from lora import inject_lora, lora_off, lora_state
-from model import DTYPES, ETA, GUIDANCE, SD, T, add_model_flags, choose_device, default_precision
-from model import load_model, parts, progress, tiny_folder
-from processes import Parser, Stop, all_sum, die, gather, init_processes, share, sum_gradients
-from report import TRACKERS, before_after, check_trackers, open_trackers, plot_curves
-from report import HOPELESS, first_lines, kl_to_base, round_line, save_grid, spread
-from report import step_energy, write_card, write_lora
-from rewards import REWARDS, check_reward_name, load_reward, reward_source
+from rewards import REWARDS, check_reward_name, load_reward, reward_code
+from support import report, run_folder
+from support.command import Parser, die
+from support.pipeline import DTYPES, ETA, GUIDANCE, T, add_model_flags, check_model_flags
+from support.pipeline import load_pipeline, tiny_folder
+from support.processes import all_sum, init_processes, sum_gradients
+from support.prompts import load_prompts
 
-PHASES = ("sampling", "reward", "training")
 ALGOS = ("ddpo", "pg", "dpok", "dpo")
-# For Stable Diffusion at 512x512 by a GPU's memory (`studies/bench.py --part memory`)
-PRESETS = {
-    "16gb": dict(sample_batch=8, micro_batch=4, decode_batch=2, offload=True),
-    "24gb": dict(sample_batch=16, micro_batch=8, decode_batch=4, offload=True),
-}
 # Every number of the method: flag, type, default for SD and tiny, what it is, its source
 SETTINGS = (
     ("T", int, T, T, "denoising steps [paper, Table 6]"),
@@ -61,8 +57,8 @@ SETTINGS = (
     ("branches", int, 3, 3, "branches K of a root, BS [paper, Table 6]"),
     ("threshold", float, 0.5, 0.5, "score threshold on r_hat, Eq. 5 [paper, Table 6]"),
     ("window", int, 8, 8, "past rounds in the mean and std of r_hat, App. D.1 [official]"),
-    ("min_count", int, 0, 16, "below as many scores a prompt takes the round's mean [ddpo 16]"),
-    ("rounds", int, 100, 24, "rounds N [official; tiny: ours]"),
+    ("min_count", int, 16, 16, "with fewer scores a prompt takes the round's mean and std [ddpo]"),
+    ("rounds", int, 100, 16, "rounds N [official; tiny: ours]"),
     ("queries", int, 256, 192, "reward queries a round: roots x branches [paper 25.6k]"),
     ("epochs", int, 2, 2, "passes over a round's data [official]"),
     ("update_size", int, 64, 32, "trajectories an update [Table 6: 2 x 32; DDPO 2 x 128]"),
@@ -86,70 +82,75 @@ SETTINGS = (
 )
 
 
-def parse_args(argv):
-    """Flags -> namespace with every setting; ends with one line on bad input."""
+# ---------------------------------------------------------------- settings
+
+
+def make_parser():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    rewards = f"{', '.join(REWARDS)} (Sec. 4.1), or your own file.py:function"
-    add("--reward", default="clip", help=rewards)
-    template = {"choices": (1, 2, 3), "default": 1, "help": "prompt template (App. H)"}
-    add("--template", type=int, **template)
-    add("--prompts", help="your own, not a template's: .txt, .jsonl or .csv")
-    algos = f"{', '.join(ALGOS)}: Eq. 6 clipped, Eq. 6, Eq. 7, Eq. 8"
-    add("--algo", default="ddpo", help=algos)
+    text = f"{', '.join(REWARDS)} (Sec. 4.1), or your own file.py:function"
+    add("--reward", default="clip", help=text)
+    add("--template", type=int, choices=(1, 2, 3), default=1, help="prompt template (App. H)")
+    add("--prompts", help="your own prompts, not a template's: a text file, one a line")
+    text = "Eq. 6 clipped, Eq. 6, Eq. 7, Eq. 8"
+    add("--algo", choices=ALGOS, default="ddpo", help=text)
     add("--no-bpt", action="store_true", help="tau = T in every round (Sec. 3.2)")
     add("--no-bs", action="store_true", help="no branches, train on all (Sec. 3.3)")
-    grows = "where tau grows from: x_0 (the paper) or the noise (an ablation)"
-    weigh = "of steps in the loss: alike [paper], or by inverse factor or RMS [ours]"
-    weigh += " (SD uniform, tiny rms)"
-    add("--step-weight", choices=("uniform", "schedule", "rms"), help=weigh)
-    add("--interval", choices=("backward", "forward"), default="backward", help=grows)
+    text = "of steps in the loss: alike [paper], or by inverse RMS of their gradient [ours]"
+    add("--step-weight", choices=("uniform", "rms"), help=f"{text} (SD uniform, tiny rms)")
     add("--seed", type=int, default=0, help="keys noise, prompts, LoRA's start")
     add_model_flags(add)
-    memory = "batch sizes and --offload for Stable Diffusion in this much GPU memory"
-    add("--preset", choices=tuple(PRESETS), help=f"{memory}; flags that you give win")
-    slower = "compute the UNet's activations twice: far less memory, more time"
-    add("--checkpointing", action="store_true", help=slower)
+    text = "keep the reward model, VAE and text encoder off the device while the UNet trains"
+    add("--offload", action="store_true", help=text)
+    text = "compute the UNet's activations twice: far less memory, more time"
+    add("--checkpointing", action="store_true", help=text)
     add("--compile", action="store_true", help="torch.compile the UNet: slow start")
-    add("--channels-last", action="store_true", help="the other memory format")
-    few = "prompts of each list to draw (default 100, or 0 with --validation-prompt)"
-    add("--eval-prompts", type=int, help=few)
+    text = "prompts of each list to draw (default 100, or 0 with --validation-prompt)"
+    add("--eval-prompts", type=int, help=text)
     add("--validation-prompt", action="append", help="draw this one; may be repeated")
     add("--tau-rounds", type=int, help="rounds of tau's growth (default all)")
-    add("--report-to", help=f"{', '.join(TRACKERS)}, or both with a comma between")
+    add("--report-to", help="tensorboard, wandb, or both with a comma between")
     add("--out", help="run folder (default: in runs/, named by model, reward, method ...)")
     add("--resume", metavar="RUN", help="go on with this run, by its settings")
     for name, kind, sd, tiny, text in SETTINGS:
-        flag, text = f"--{name.replace('_', '-')}", f"{text} (SD {sd}, tiny {tiny})"
-        add(flag, dest=name, type=kind, metavar=kind.__name__, help=text)
-    args = parser.parse_args(argv)
-    if args.resume is not None:
-        args = run_folder.resumed_settings(args, parser)
-    return check(fill_in(args))
+        flag = f"--{name.replace('_', '-')}"
+        add(flag, type=kind, metavar=kind.__name__, help=f"{text} (SD {sd}, tiny {tiny})")
+    return parser
 
 
-def fill_in(args):
-    """Choose device and model where the user did not, and the settings that go with them."""
-    choose_device(args)
-    for name, value in PRESETS.get(args.preset, {}).items():
-        if not getattr(args, name):
-            setattr(args, name, value)
-    given = {name: getattr(args, name) for name, *_ in SETTINGS}
-    args.model = args.model or (SD if args.device.startswith("cuda") else "tiny")
+def parse_args(argv):
+    """Flags -> namespace with every setting; ends with one line on bad input."""
+    parser = make_parser()
+    defaults = vars(parser.parse_args([]))
+    # Where the namespace has a name already, argparse leaves its default out
+    flags = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = defaults | given | {"reward_is_meant": "reward" in given}
+    if "resume" not in given:
+        return check(fill_in(argparse.Namespace(**settings), given))
+    with run_folder.reading(Path(given["resume"]) / "config.json"):
+        settings |= run_folder.resumed_settings(given, given["resume"], defaults)
+        return check(fill_in(argparse.Namespace(**settings), given))
+
+
+def fill_in(args, given):
+    """The settings that the user left open; `given`: the flags."""
     for name, _, sd, tiny, _ in SETTINGS:
         if getattr(args, name) is None:
             setattr(args, name, tiny if tiny_folder(args.model) else sd)
     if args.step_weight is None:
         args.step_weight = "rms" if tiny_folder(args.model) else "uniform"
-    args.precision = args.precision or default_precision(args)
-    args.branches = 1 if args.no_bs else args.branches
+    if args.no_bs:
+        args.branches = 1
     if args.queries > args.branches > 0:
         args.queries -= args.queries % args.branches
     if args.tau_rounds is None:
         args.tau_rounds = args.rounds
     if args.eval_prompts is None:
         args.eval_prompts = 0 if args.validation_prompt else 100
-    args.out = args.resume or args.out or run_folder.default_folder(vars(args), given)
+    numbers = {name: given[name] for name, *_ in SETTINGS if name in given}
+    args.out = args.resume or args.out or run_folder.default_folder(vars(args), numbers)
+    args.out = os.path.expanduser(args.out)
     return args
 
 
@@ -157,34 +158,20 @@ def check(args):
     """Refuse settings that cannot work, before anything heavy is loaded."""
     if problem := check_reward_name(args.reward):
         die(problem)
-    if args.algo not in ALGOS:
-        die(f"unknown --algo {args.algo}: one of {', '.join(ALGOS)}")
-    for name, kind, *_ in SETTINGS:
+    check_model_flags(args)
+    zero_is_fine = ("threshold", "window", "min_count", "save_every", "eval_prompts")
+    zero_is_fine += ("beta1", "beta2", "kl_beta", "dpo_beta", "guidance", "weight_decay")
+    for name in (*(row[0] for row in SETTINGS), "tau_rounds", "eval_prompts"):
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if abs(value) >= 2**53 or not math.isfinite(value):
-            die(f"{flag} {value} is no usable number")
-        zero_is_fine = ("threshold", "window", "min_count", "save_every")
-        zero_is_fine += ("beta1", "beta2", "kl_beta", "dpo_beta", "guidance", "weight_decay")
-        if name in zero_is_fine and value < 0:
-            die(f"{flag} must be 0 or more")
-        if name not in zero_is_fine and value <= 0:
-            die(f"{flag} must be {'1 or more' if kind is int else 'above 0'}")
-    check_trackers(args.report_to)
+        if not 0 <= value < 1e12:
+            die(f"{flag} {value} is no usable number: it must be 0 or more")
+        if value == 0 and name not in zero_is_fine:
+            die(f"{flag} must be above 0")
+    report.check_trackers(args.report_to)
     if not all(prompt.strip() for prompt in args.validation_prompt or []):
         die("--validation-prompt is empty")
-    if args.eval_prompts < 0:
-        die("--eval-prompts must be 0 or more")
-    for name in ("threads", "image_size", "tau_rounds"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            die(f"--{name.replace('_', '-')} must be 1 or more")
-    if abs(args.seed) >= 2**53:
-        die(f"--seed {args.seed} is no usable number")
-    if args.T > 999:
-        die("--T must be at most 999: the model knows 1000 timesteps, the first is 1")
     if args.tau0 > args.T:
         die(f"--tau0 {args.tau0} is outside 1..T = {args.T}")
-    if args.eta > 1:
-        die("--eta must be at most 1: above it the step is not the DDIM of Eq. 1")
     if args.branches < 2 and not args.no_bs:
         die("--branches must be 2 or more, or pass --no-bs")
     if args.queries < args.branches:
@@ -196,38 +183,229 @@ def check(args):
     if args.algo == "dpo" and args.micro_batch < 2:
         die("dpo needs --micro-batch 2 or more: a pair must be in one UNet call")
     if not args.resume and run_folder.holds_run(args.out):
-        die(f"{args.out} holds a run: --resume {args.out}, or --out NEW")
+        die(f"{args.out} holds a run: {run_folder.paste('--resume', args.out)}, or --out NEW")
+    if run_folder.is_foreign(args.out):
+        die(f"{args.out} holds files that are no run's: take another --out")
     return args
 
 
-def draw_roots(prompts, cfg, i, worker, workers):
-    """Round i's P prompts, drawn with replacement, and this process's roots (Q,)."""
-    P, generator = cfg.queries // cfg.branches, keyed_generator(cfg.seed, i, "prompts")
-    drawn = torch.randint(len(prompts), (P,), generator=generator).tolist()
-    drawn = [prompts[j] for j in drawn]
-    owners = list(range(P))
-    if cfg.algo == "dpo" and cfg.no_bs:  # a pair: two roots of a prompt, in one process
-        owners = [prompts.index(c) for c in drawn]
-    return drawn, share(owners, worker, workers)
+# ---------------------------------------------------------------- parts of a round
 
 
-def score(model, reward, judge, x_0, names, own, P, K):
-    """Rewards of all processes' pictures, (P, K), and metrics: {name: number}.
+def score(pipeline, reward, judge, x_0, roots):
+    """The reward of Eq. 2: scores of all processes' pictures (P, K), and metrics by name.
 
-    x_0: (Q, K, C, h, w) of the roots `own`, whose prompts are `names` (Q). judge: or None.
+    x_0: (Q, K, C, h, w) of the own roots. judge: of the tiny model, or None; it is
+    shown, never trained on.
     """
-    table, found, thumbs = torch.zeros(2, P, K), [], []
-    x_0, names = x_0.flatten(0, 1), [name for name in names for _ in range(K)]
-    for rows in progress(parts(torch.arange(len(x_0)), model.decode_batch), "scoring"):
-        images, prompts = model.decode(x_0[rows]), [names[j] for j in rows.tolist()]
+    K = x_0.shape[1]
+    found = torch.zeros(2, len(roots.prompts), K)  # scores, and what the judge says
+    prompts = [prompt for prompt in roots.own_prompts for _ in range(K)]
+    x_0 = x_0.flatten(0, 1)
+    answers = []
+    thumbs = []
+    count = max(1, math.ceil(len(x_0) / pipeline.decode_batch))
+    parts = torch.arange(len(x_0)).tensor_split(count) if prompts else ()
+    for rows in tqdm(parts, desc="scoring", leave=False, disable=None):
+        images = pipeline.decode(x_0[rows])
+        of_rows = [prompts[j] for j in rows]
+        right = judge(images, of_rows).float() if judge else torch.zeros(len(rows))
+        answers.append(torch.stack([reward(images, of_rows), right]))
         thumbs.append(torch.nn.functional.adaptive_avg_pool2d(images, 8))
-        right = judge(images, prompts).float() if judge else torch.zeros(len(rows))
-        found.append(torch.stack([reward(images, prompts), right]))
-    if found:
-        table[:, own] = torch.cat(found, 1).view(2, -1, K)
-    metrics = {"spread_within_prompt": spread(torch.cat(thumbs), names) if found else 0.0}
-    scores, right = all_sum(table, model.device)
-    return scores, metrics | ({"recognised": right.mean().item()} if judge else {})
+    spread = 0.0
+    if answers:
+        found[:, roots.own] = torch.cat(answers, 1).view(2, -1, K)
+        spread = report.spread(torch.cat(thumbs), prompts)
+    scores, right = all_sum(found, pipeline.device)
+    metrics = {"reward_mean": scores.mean().item(), "reward_std": scores.std().item()}
+    metrics |= {"of": scores.numel(), "spread_within_prompt": spread}
+    if judge:
+        metrics["recognised"] = right.mean().item()
+    return scores, metrics
+
+
+def make_scaler(cfg, device):
+    """In fp16 the gradients of a mean over D and an update would round to 0: the loss is scaled up.
+
+    DPO's is larger by beta * D. The scale must be there even in a process without a share.
+    """
+    scale = 2.0**6 if cfg.algo == "dpo" else 2.0**16
+    scaler = torch.amp.GradScaler(device.type, scale, enabled=cfg.precision == "fp16")
+    scaler.scale(torch.zeros((), device=device))
+    return scaler
+
+
+def to_measure(kept, cfg, i):
+    """Eight kept trajectories of round i: enough to measure by, and cheap."""
+    order = torch.randperm(len(kept), generator=keyed_generator(cfg.seed, i, "some"))
+    return kept[order[:8]]
+
+
+def clip_gradient(lora, optimizer, scaler, max_norm, device):
+    """The gradient of all processes, without fp16's scale, clipped; its norm before that."""
+    sum_gradients(lora.values(), device)
+    scaler.unscale_(optimizer)
+    return torch.nn.utils.clip_grad_norm_(lora.values(), max_norm)
+
+
+# ---------------------------------------------------------------- what surrounds the rounds
+
+
+def prompt_lists(cfg, say):
+    """The training prompts, and the lists that are drawn before and after, by name."""
+    train, unseen = load_prompts(cfg.template, cfg.prompts, say)
+    lists = {"validation": cfg.validation_prompt or []}
+    lists["train"] = train[: cfg.eval_prompts]
+    lists["unseen"] = unseen[: cfg.eval_prompts]
+    return train, {name: prompts for name, prompts in lists.items() if prompts}
+
+
+def end_round(run, cfg, pipeline, reward, lists, metrics, lora, optimizer, state):
+    """Draw, write, track and tell a round; state: the checkpoint's header.
+
+    The checkpoint is written last: a kill before it means that the round is done again.
+    """
+    done = metrics["round"]
+    metrics["queries"] = done * cfg.queries
+    if lists and done % cfg.grid_every == 0 and done < cfg.rounds:
+        name = next(iter(lists))
+        picture = f"round{done:04d}-{name}"
+        draw(run, pipeline, reward, None, lists[name][:18], 1, picture)
+    if run.worker != 0:
+        return
+    if cfg.save_every and done % cfg.save_every == 0:
+        path = run.folder / f"lora-round{done:04d}.safetensors"
+        run_folder.write_safetensors(path, lora_state(pipeline.policy.unet))
+    run_folder.append_metrics(run.folder, metrics)
+    run_folder.save_checkpoint(run.folder, lora, optimizer, state | {"rounds_done": done})
+    run.track(metrics | metrics["seconds"], metrics["queries"])
+    first_reward = run_folder.read_metrics(run.folder)[0]["reward_mean"]
+    run.say(report.round_line(metrics, cfg, first_reward))
+
+
+def finish(run, cfg, lora, lists, before, after, train_prompts):
+    """The LoRA for others, the model card, and what a reader looks at first."""
+    webui_name = report.write_lora(run.folder, lora)
+    summary, rows = compare(before, after, cfg.reward)
+    run_folder.write_json(run.folder / "summary.json", summary)
+    report.write_card(run.folder, cfg, summary, train_prompts, webui_name)
+    for name in list(lists)[:1]:
+        scores = before[name], after[name]
+        report.before_after(run.folder, name, lists[name], *scores, run.workers)
+    run.say(report.last_lines(run.folder, rows, train_prompts[0]))
+
+
+# ---------------------------------------------------------------- Algorithm 1
+
+
+def algorithm_1(cfg):
+    """Algorithm 1: the loop over rounds. Returns the run folder."""
+    worker, workers, device = init_processes(torch.device(cfg.device))
+    say = tqdm.write if worker == 0 else lambda text: None
+    train_prompts, lists = prompt_lists(cfg, say)
+    fingerprint = run_folder.fingerprint(vars(cfg), reward_code(cfg.reward))
+    saved = run_folder.read_checkpoint(cfg, fingerprint)
+    folder = run_folder.open_folder(cfg, fingerprint, saved, worker)
+    say(report.first_lines(cfg, folder, workers))
+    pipeline = load_pipeline(cfg, device)
+    policy = pipeline.policy
+    reward = load_reward(cfg.reward, pipeline.tiny, device, DTYPES[cfg.precision])
+    judge = find_judge(pipeline, train_prompts + sum(lists.values(), []))
+    lora = inject_lora(policy.unet, cfg.rank, seed=cfg.seed)
+    betas = (cfg.beta1, cfg.beta2)
+    optimizer = torch.optim.AdamW(lora.values(), cfg.lr, betas, cfg.adam_eps, cfg.weight_decay)
+    scaler = make_scaler(cfg, device)
+    normalise = RewardNormaliser(cfg.window, cfg.min_count)
+    step_weights = StepWeights(cfg.step_weight)
+    rounds_done = run_folder.restore(saved, lora, optimizer, scaler, normalise, step_weights)
+    track = report.open_trackers(cfg, folder, worker, rounds_done)
+    run = Run(folder, worker, workers, say, track)
+    before = scores_before(run, cfg, pipeline, reward, judge, lists)
+    D = math.prod(policy.latent_shape)
+    log = report.TrainingLog(cfg.clip_range)
+    clock = report.Clock()
+
+    for i in tqdm(range(rounds_done, cfg.rounds), desc="rounds", leave=False, disable=None):
+        # BPT: only the last tau steps are trained, and tau grows (Eq. 3, App. D.1). The
+        # reward says most about the steps nearest to the picture, so these come first
+        tau = cfg.T if cfg.no_bpt else tau_schedule(i, cfg.tau_rounds, cfg.T, cfg.tau0)
+
+        # BS: a root is a prompt and an x_T. Its branches share the path down to x_tau, so
+        # only the last tau steps can be why their rewards differ (Sec. 3.3)
+        clock.start("sampling")
+        roots = draw_roots(train_prompts, cfg, i, worker, workers)
+        x_T = policy.noise(roots.keys("x_T"))
+        x_tau = policy.denoise(x_T, cfg.T, tau, roots.own_prompts, roots.keys("shared"))
+        branch_keys = roots.branch_keys(cfg.branches)
+        x, log_p_old = policy.branch(x_tau, tau, 0, roots.own_prompts, branch_keys)
+        rollout = Rollout(x, log_p_old, roots.own_prompts, roots.own, device)
+
+        # The reward sees finished pictures alone and names no step: it is sparse
+        clock.start("reward")
+        scores, metrics = score(pipeline, reward, judge, x[:, :, -1], roots)  # (P, K)
+        r_hat = normalise(i, roots.prompts, scores)  # App. D.1
+        kept = select_all(r_hat) if cfg.no_bs else select_pairs(r_hat, cfg.threshold)  # Eq. 5
+        if cfg.algo == "dpo":
+            kept = dpo_pairs(kept, r_hat, roots.prompts, cfg.threshold)
+
+        clock.start("training")
+        if cfg.offload:
+            pipeline.move_others(reward, "cpu")
+        measured = to_measure(kept, cfg, i)
+        if cfg.step_weight == "rms" and len(kept):
+            signs = keyed_generator(cfg.seed, i, "signs")
+            energy = step_energy(policy, rollout, measured, cfg.micro_batch, lora, signs)
+            step_weights.measure(energy)
+        weights = step_weights(tau).to(device)  # (tau + 1,), by t
+        for epoch in range(cfg.epochs):
+            shuffle = keyed_generator(cfg.seed, i, "shuffle", epoch)
+            for update in split_updates(kept, cfg.update_size, shuffle):
+                optimizer.zero_grad()
+                for batch in rollout.batches(update, cfg.micro_batch):
+                    mu, sigma = policy(batch.x_t, batch.t, batch.prompts)
+                    log_p = log_prob(batch.x_prev, mu, sigma)  # Eq. 1
+                    log_p_old = batch.log_p_old
+                    advantage = r_hat[batch.root, batch.branch].to(device)
+                    advantage = advantage.clamp(-cfg.adv_clip, cfg.adv_clip)  # App. D.1
+                    h = None
+                    if cfg.algo in ("dpok", "dpo"):
+                        with torch.no_grad(), lora_off(policy.unet):  # p_pre
+                            mu_ref, _ = policy(batch.x_t, batch.t, batch.prompts)
+                    if cfg.algo == "ddpo":  # Eq. 6, clipped
+                        loss = ddpo_loss(log_p, log_p_old, advantage, cfg.clip_range)
+                    elif cfg.algo == "pg":  # Eq. 6
+                        loss = pg_loss(log_p, log_p_old, advantage)
+                    elif cfg.algo == "dpok":  # Eq. 7
+                        loss = ddpo_loss(log_p, log_p_old, advantage, cfg.clip_range)
+                        loss = dpok_loss(loss, gaussian_kl(mu, mu_ref, sigma), cfg.kl_beta)
+                    elif cfg.algo == "dpo":  # Eq. 8
+                        log_ref = log_prob(batch.x_prev, mu_ref, sigma)
+                        loss, h = dpo_loss(log_p, log_ref, cfg.dpo_beta * D)
+                    # The mean over trajectories and steps, each step with its weight
+                    loss = weights[batch.t] * loss.sum() / (len(update) * tau)
+                    scaler.scale(loss).backward()
+                    log.add(log_p, log_p_old, loss, h)
+                norm = clip_gradient(lora, optimizer, scaler, cfg.max_grad_norm, device)
+                if norm.isfinite():
+                    scaler.step(optimizer)  # AdamW
+                scaler.update()
+                log.end_update(norm, len(update))
+
+        metrics |= {"round": i + 1, "tau": tau, "kept": len(kept), "seconds": clock.stop()}
+        metrics |= log.end_round(device)
+        if len(kept):
+            metrics["kl_to_base"] = kl_to_base(policy, rollout, measured, cfg.micro_batch)
+        if cfg.offload:
+            pipeline.move_others(reward, device)
+        state = {"fingerprint": fingerprint, "scaler": scaler.state_dict()}
+        state |= {"history": normalise.history, "step_square": step_weights.square}
+        metrics |= {"alone_on_prompt": normalise.alone}
+        end_round(run, cfg, pipeline, reward, lists, metrics, lora, optimizer, state)
+
+    after = draw_lists(run, pipeline, reward, judge, lists, cfg.eval_images, "after")
+    if worker == 0:
+        finish(run, cfg, lora_state(policy.unet), lists, before, after, train_prompts)
+    return folder
 
 
 def main(argv=None):
@@ -235,181 +413,6 @@ def main(argv=None):
     cfg = parse_args(argv)
     with run_folder.resumable(cfg.out):
         return algorithm_1(cfg)
-
-
-def algorithm_1(cfg):
-    """Algorithm 1: the loop over rounds. Returns the run folder."""
-    train_prompts, unseen_prompts = run_folder.load_prompts(cfg.template, cfg.prompts)
-    worker, workers, device = init_processes(torch.device(cfg.device))
-    folder = run_folder.open_folder(cfg, worker)
-    say = tqdm.write if worker == 0 else lambda _: None
-    say(first_lines(cfg, folder, workers))
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    model = load_model(cfg, device)
-    reward = load_reward(cfg.reward, model.tiny, device, DTYPES[cfg.precision])
-    validation, few = cfg.validation_prompt or [], cfg.eval_prompts
-    judge = load_judge(model, [*train_prompts, *unseen_prompts, *validation])
-    lists = {"validation": validation, "train": train_prompts[:few]}
-    lists["unseen"] = unseen_prompts[:few]
-    lists = {name: prompts for name, prompts in lists.items() if prompts}
-    lora = inject_lora(model.unet, cfg.rank, seed=cfg.seed)
-    betas, eps = (cfg.beta1, cfg.beta2), cfg.adam_eps
-    optimizer = torch.optim.AdamW(lora.values(), cfg.lr, betas, eps, cfg.weight_decay)
-    # In fp16 the gradients of a mean over D and an update would round to 0, so the loss is
-    # scaled up; DPO's is larger by beta * D. The scale must be there even without a share.
-    scale = 2.0**6 if cfg.algo == "dpo" else 2.0**16
-    scaler = torch.amp.GradScaler(device.type, scale, enabled=cfg.precision == "fp16")
-    scaler.scale(torch.zeros((), device=device))
-    normalise = RewardNormaliser(cfg.window, cfg.min_count)
-    first, in_a_row = 0, 0  # rounds done; updates in a row that were skipped
-    weights = StepWeights(cfg.step_weight, step_factor(model.schedule))
-    mark = run_folder.fingerprint(vars(cfg), reward_source(cfg.reward))
-    saved = cfg.resume and run_folder.load_checkpoint(folder, lora, optimizer, cfg, mark)
-    if saved:
-        first, normalise.history = saved["rounds_done"], saved["history"]
-        in_a_row, weights.square = saved["skipped_in_a_row"], saved["step_square"]
-        scaler.load_state_dict(saved["scaler"])
-    if worker == 0:
-        run_folder.keep_metrics(folder, first)
-        track = open_trackers(cfg, folder)
-
-    def draw(when, name, prompts, each, queries, judge):
-        scores, images = evaluate(model, reward, prompts, each, judge, worker, workers)
-        if worker == 0:
-            path = folder / f"grids/{when}-{name}.png"
-            save_grid(path, images, 9)
-            track({f"pictures, {name}": path}, queries)
-        return scores
-
-    def score_all(when, queries):
-        each, results = cfg.eval_images, {}
-        for name, prompts in lists.items():
-            results[name] = draw(when, name, prompts, each, queries, judge)
-        if worker == 0:
-            run_folder.write_json(folder / f"{when}.json", results)
-        return results
-
-    def end_round(line, scores, clock, in_a_row):
-        line |= {"reward_mean": scores.mean().item(), "reward_std": scores.std().item()}
-        line |= {"of": scores.numel(), "alone_on_prompt": normalise.lone}
-        line["seconds"] = {name: b - a for name, a, b in zip(PHASES, clock, clock[1:])}
-        done, queries = line["round"], line["queries"]
-        # The checkpoint is written last: a kill before it means that the round is done again
-        if done % cfg.grid_every == 0 and done < cfg.rounds and lists:
-            name, prompts = next(iter(lists.items()))
-            draw(f"round{done:04d}", name, prompts[:18], 1, queries, None)
-        if worker == 0:
-            if cfg.save_every and done % cfg.save_every == 0:
-                path = folder / f"lora-round{done:04d}.safetensors"
-                run_folder.write_safetensors(path, lora_state(model.unet))
-            run_folder.append_metrics(folder, line)
-            header = {"rounds_done": done, "fingerprint": mark, "skipped_in_a_row": in_a_row}
-            header |= {"history": normalise.history, "scaler": scaler.state_dict()}
-            header["step_square"] = weights.square
-            run_folder.save_checkpoint(folder, lora, optimizer, header)
-            track(line | line["seconds"], queries)
-            say(round_line(line, cfg, run_folder.read_metrics(folder)[0]["reward_mean"]))
-
-    before = run_folder.read_json(folder / "before.json") if cfg.resume else None
-    if before is None:
-        with lora_off(model.unet):
-            before = score_all("before", 0)
-
-    def generator(*key):
-        return keyed_generator(cfg.seed, *key)
-
-    T, K, P = cfg.T, cfg.branches, cfg.queries // cfg.branches
-    D, clip, size = math.prod(model.latent_shape), cfg.clip_range, cfg.micro_batch
-    for i in range(first, cfg.rounds):
-        clock = [time.perf_counter()]
-        # BPT: the steps t = start..stop+1, in the paper tau..1, are trained (Eq. 3, D.1)
-        tau = T if cfg.no_bpt else tau_schedule(i, cfg.tau_rounds, T, cfg.tau0)
-        start, stop = training_interval(tau, T, cfg.interval)
-        # Each root: a prompt, x_T, and the path to x_tau, which its branches share
-        prompts, own = draw_roots(train_prompts, cfg, i, worker, workers)  # P, (Q,)
-        own_prompts, roots = [prompts[p] for p in own], [(cfg.seed, i, int(p)) for p in own]
-        x_T = model.noise([(*root, "x_T") for root in roots])
-        shared = [(*root, "shared") for root in roots]
-        x_tau = model.denoise(x_T, T, start, own_prompts, shared)  # (Q, C, h, w)
-        # BS: K branches of each root, from x_tau on (Sec. 3.3)
-        keys = [[(*root, k) for k in range(K)] for root in roots]
-        x, log_p_old = model.branch(x_tau, start, stop, own_prompts, keys)
-        x_0 = model.finish(x[:, :, -1], stop, own_prompts, keys)  # (Q, K, C, h, w)
-        clock.append(time.perf_counter())
-        scores, seen = score(model, reward, judge, x_0, own_prompts, own, P, K)
-        clock.append(time.perf_counter())
-        r_hat = normalise(i, prompts, scores)  # App. D.1
-        # Eq. 5: the best and the worst branch of each root, if they pass the threshold
-        kept = select_all(r_hat) if cfg.no_bs else select_pairs(r_hat, cfg.threshold)
-        if cfg.algo == "dpo":
-            kept = dpo_pairs(kept, r_hat, prompts, cfg.threshold)
-        some = kept[torch.randperm(len(kept), generator=generator(i, "some"))[:8]]
-        probe = (model, x, start, own_prompts, own, some, size)
-        if cfg.step_weight == "rms" and len(kept):
-            weights.measure(start, step_energy(*probe, lora, generator(i, "signs")))
-        log, n, weight = RoundLog(), start - stop, weights(start, stop).to(device)
-        if cfg.offload:
-            model.move_others(reward, "cpu")
-        for epoch in range(cfg.epochs):  # nothing kept: no updates
-            shuffle = generator(i, "shuffle", epoch)
-            for update in split_updates(kept, cfg.update_size, shuffle):
-                optimizer.zero_grad()
-                calls = list(micro_batches(update, own, n, size))
-                for p, k, s in progress(calls, "training"):
-                    x_t, a_t, t = x[p, k, s].to(device), x[p, k, s + 1].to(device), start - s
-                    old, c = log_p_old[p, k, s].to(device), [own_prompts[q] for q in p]
-                    A = r_hat[own[p], k].clamp(-cfg.adv_clip, cfg.adv_clip).to(device)
-                    mu, sigma = model.policy(x_t, t, c)
-                    log_p, h = log_prob(a_t, mu, sigma), None  # Eq. 1; h is DPO's
-                    if cfg.algo in ("dpok", "dpo"):
-                        with torch.no_grad(), lora_off(model.unet):
-                            mu_ref, _ = model.policy(x_t, t, c)  # p_pre
-                    if cfg.algo == "ddpo":  # Eq. 6, clipped
-                        loss = ddpo_loss(log_p, old, A, clip)
-                    elif cfg.algo == "pg":  # Eq. 6
-                        loss = pg_loss(log_p, old, A)
-                    elif cfg.algo == "dpok":  # Eq. 7
-                        kl = gaussian_kl(mu, mu_ref, sigma)
-                        loss = dpok_loss(log_p, old, A, kl, clip, cfg.kl_beta)
-                    elif cfg.algo == "dpo":  # Eq. 8
-                        log_ref = log_prob(a_t, mu_ref, sigma)
-                        loss, h = dpo_loss(log_p, log_ref, cfg.dpo_beta * D)
-                    loss = weight[s] * loss.sum() / (len(update) * n)  # mean over m and t
-                    scaler.scale(loss).backward()
-                    log.add(log_p, old, loss, h)
-                sum_gradients(lora.values(), device)
-                scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(lora.values(), cfg.max_grad_norm)
-                if norm.isfinite():
-                    scaler.step(optimizer)  # AdamW
-                scaler.update()
-                in_a_row = log.end_update(norm, len(update), in_a_row)
-                if in_a_row == 5:
-                    raise Stop(HOPELESS)
-        clock.append(time.perf_counter())
-        line = {"round": i + 1, "tau": tau, "queries": (i + 1) * P * K, "kept": len(kept)} | seen
-        line |= log.metrics(clip, lambda values: gather(values, device))
-        if len(kept):
-            line["kl_to_base"] = kl_to_base(*probe)
-        if cfg.offload:
-            model.move_others(reward, device)
-        end_round(line, scores, clock, in_a_row)
-
-    if worker == 0:
-        write_lora(folder, lora_state(model.unet))
-    after = score_all("after", cfg.rounds * P * K)
-    summary, rows = compare(before, after, cfg.reward)
-    if worker == 0:
-        write_card(folder, cfg, summary, train_prompts)
-        run_folder.write_json(folder / "summary.json", summary)
-        plot_curves(folder)
-        if lists:
-            before_after(folder, next(iter(lists)))
-    say("\n".join(["\nScores before and after, same noise:", *rows]) if rows else "")
-    say(f"Pictures: {folder}/before-after.png, grids/. Curves: {folder}/curves.png.")
-    say(f'Your prompt: python eval.py --lora {folder} --prompt "{train_prompts[0]}"')
-    return folder
 
 
 if __name__ == "__main__":

@@ -1,142 +1,208 @@
-"""Fig. 5, 6, 8: reward and more against queries and minutes, by method, over seeds.
+"""Fig. 5, 6, 8: runs over reward queries and minutes, and how methods differ.
 
-    python studies/curves.py --runs runs/A-seed0 runs/A-seed1 runs/B-seed0 ...
+    python studies/curves.py --runs RUN1 RUN2 ...     # run folders, or folders that hold some
 
-Runs of one method and equal settings are the seeds of one line. Minutes are those of the
-rounds, mean over seeds. Diversity is the spread within a prompt over that of the first
-round: pictures of a branch are alike, so with BS and without the values do not compare.
-BPT's are more alike at tau0 than later, at T. Style entropy is drawn at the rounds whose LoRA
-eval.py has scored with --out RUN/eval-round0004, and so on; the last in RUN/eval-train.
+Runs of one method and equal settings are the seeds of one line; its band is the standard error
+over seeds. The spread within a prompt is divided by that of the first round. Do not compare it
+between methods with and without BS: pictures of a root are alike, less so as tau grows.
+
+The table has each method less the first one, by seed: equal seeds begin with the same LoRA and
+draw from the same noise, before and after too. +- is the standard error over seeds and pictures;
+of one seed, over pictures.
 """
 
 import sys
-from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
+import numpy as np
 
-from eval import guarded
-from files import read_json, write_json
-from processes import Parser, die
-from run_folder import WITH_RESUME, method_slug, read_config, read_metrics
 from studies.common import markdown, pyplot, save_figure
+from support.command import Parser, die
+from support.run_folder import WITH_RESUME, method_slug, read_config, read_json, read_metrics
 
-# What may differ between the runs of one line: it changes no expectation
-SAME_LINE = {*WITH_RESUME, "seed", "out", "preset", "device", "precision", "grid_every"}
-SAME_LINE |= {"eval_images", "eval_prompts", "validation_prompt", "tensorboard"}
-SAME_LINE -= {"rounds"}
-KINDS = dict(algo=str, no_bpt=bool, no_bs=bool, interval=str, seed=int)
-DRAWN = {"reward_mean": "mean reward of the round"}  # and what else of it the runs have
-DRAWN["recognised"] = "recognised by the judge"
-DRAWN["kl_to_base"] = "KL to the base model, nats a step"
-DRAWN["style_entropy"] = "style entropy, nats"
-DRAWN["spread_within_prompt"] = "spread within a prompt / first round"
+# What may differ between the seeds of one line: it changes no expectation. tau needs `rounds`
+SAME_LINE = {*WITH_RESUME, "seed", "precision", "eval_images", "eval_prompts", "made_with"}
+SAME_LINE = SAME_LINE - {"rounds"} | {"validation_prompt"}
+# What must agree if rewards are to be compared, and pictures to be of the same noise
+ALIKE = ("model", "reward", "template", "prompts", "image_size", "T", "eta", "guidance")
 
 
-def group_runs(folders):
-    """Run folders -> {label: {seed: metrics lines}}; ends with one line for a bad one.
+def with_minutes(lines, seconds):
+    """Metrics lines with the minutes to their end, if seconds are known, and a relative spread."""
+    minutes = np.cumsum(seconds) / 60 if len(seconds) else [None] * len(lines)
+    first = lines[0]["spread_within_prompt"] or 1.0
+    out = []
+    for line, so_far in zip(lines, minutes):
+        spread = line["spread_within_prompt"] / first
+        out.append(line | {"minutes": so_far, "relative_spread": spread})
+    return out
 
-    A label is the method, and the settings in which its runs differ but for `SAME_LINE`.
-    """
-    runs, groups, given = [], {}, {}
-    for folder in folders:
-        config, lines = read_config(folder), read_metrics(folder)
-        if any(type(config.get(name)) is not kind for name, kind in KINDS.items()):
-            die(f"{folder} holds no run of train.py: its config.json names no method")
-        if not lines:
-            die(f"the run {folder} has not finished a round")
-        minutes = accumulate(sum(line.get("seconds", {}).values()) / 60 for line in lines)
-        lines = [line | {"minutes": value} for line, value in zip(lines, minutes)]
-        lines = [line | style_entropy(folder, line, lines[-1]) for line in lines]
-        runs.append((folder, method_slug(config), config, lines))
-    for folder, method, config, lines in runs:
-        alike = [c for _, m, c, _ in runs if m == method]
-        keys = sorted({k for c in alike for k in c} - SAME_LINE)  # not there: off or 0
-        vary = [k for k in keys if len({str(c.get(k) or 0) for c in alike}) > 1]
-        label = ", ".join([method, *(f"{k} {config.get(k, 0)}" for k in vary)])
-        seed = str(config["seed"])
-        if seed in groups.setdefault(label, {}):
-            die(f"{given[label, seed]} and {folder} are one run: {label}, seed {seed}")
-        groups[label][seed], given[label, seed] = lines, folder
+
+def find_runs(paths):
+    """[(folder, config, metrics lines)] of the finished runs; says which are passed over."""
+    runs = []
+    for path in map(Path, paths):
+        inside = [] if (path / "config.json").exists() else sorted(path.glob("*/config.json"))
+        for folder in [file.parent for file in inside] or [path]:
+            config, lines = read_config(folder), read_metrics(folder)
+            if len(lines) < config["rounds"]:
+                print(f"passed over: {folder} has {len(lines)} of {config['rounds']} rounds")
+                continue
+            seconds = [sum(line["seconds"].values()) for line in lines]
+            runs.append((folder, config, with_minutes(lines, seconds)))
+    for name in ALIKE:
+        if len({str(config.get(name)) for _, config, _ in runs}) > 1:
+            die(f"the runs differ in {name}: they can not be compared")
+    return runs or die("no run is finished: there is nothing to draw")
+
+
+def group_runs(runs):
+    """{label: {seed: (folder, lines)}}; a label is the method, and the settings that tell apart."""
+    groups = {}
+    for folder, config, lines in runs:
+        words = [method_slug(config)]
+        same_method = [other for _, other, _ in runs if method_slug(other) == words[0]]
+        for key in sorted(config.keys() - SAME_LINE):
+            if len({str(other.get(key)) for other in same_method}) > 1:
+                words.append(f"{key} {config[key]}")
+        seeds = groups.setdefault(", ".join(words), {})
+        if config["seed"] in seeds:
+            die(f"{seeds[config['seed']][0]} and {folder} are one run: {', '.join(words)}")
+        seeds[config["seed"]] = folder, lines
     return groups
 
 
-def style_entropy(folder, line, last):
-    """{"style_entropy": nats} of the tiny model after a round, if eval.py has scored it."""
-    name = "eval-train" if line is last else f"eval-round{line.get('round', 0):04d}"
-    results = (read_json(Path(folder) / name / "scores.json") or {}).get("results", {})
-    found = [row["style entropy"] for row in results.values() if "style entropy" in row]
-    return {"style_entropy": found[0]} if found else {}
-
-
-def common_rounds(runs, what):
-    """The queries (n,) that R runs have in common, and `what` there, (R, n)."""
-    tables = [{x["queries"]: x[what] for x in lines if x.get(what) is not None} for lines in runs]
+def curve(runs, x_name, y_name):
+    """Mean of x over S runs, (n,), and y, (S, n), at the n queries where all runs have both."""
+    tables = [{} for _ in runs]
+    for table, lines in zip(tables, runs):
+        for line in lines:
+            if line.get(x_name) is not None and line.get(y_name) is not None:
+                table[line["queries"]] = line[x_name], line[y_name]
     queries = sorted(set.intersection(*map(set, tables)))
-    if not queries:
-        die(f"the runs have no round with {what} at equal queries")
-    rows = [[table[q] for q in queries] for table in tables]
-    return queries, torch.tensor(rows, dtype=torch.float64)
+    points = np.array([[table[q] for q in queries] for table in tables])
+    x, y = points.reshape(len(tables), len(queries), 2).transpose(2, 0, 1)
+    return x.mean(0), y
 
 
-def has(lines, what):
-    """Do a run's metrics have `what`?"""
-    return any(line.get(what) is not None for line in lines)
+def panel(groups, x_name, y_name):
+    """What `draw` draws in one panel, of groups {label: [metrics lines of a run]}."""
+    curves = [(label, *curve(runs, x_name, y_name)) for label, runs in groups.items() if runs]
+    labels = [name.replace("_", " ") for name in (x_name, y_name)]
+    return *labels, [line for line in curves if line[2].size]
 
 
-def curve(runs, what):
-    """Queries, mean and spread (unbiased std) of `what` over runs, (n,) each."""
-    queries, rows = common_rounds(runs, what)
-    spread = rows.std(0) if len(rows) > 1 else torch.zeros(len(queries))
-    return queries, rows.mean(0), spread
+def over_seeds(values):
+    """Mean and standard error over the S seeds of values (S, ...); one seed has no error."""
+    error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 * values[0]
+    return values.mean(0), error
 
 
-def curves(args):
-    """Draw the figure, print first and last rounds, write the numbers by label."""
-    plt, groups, folder = pyplot(), group_runs(args.runs), Path(args.out)
-    result, table = {}, []
-    every = [seeds.values() for seeds in groups.values()]
-    drawn = [what for what in DRAWN if all(has(line, what) for runs in every for line in runs)]
-    size, layout = (4.5 * len(drawn), 7), "constrained"
-    figure, axes = plt.subplots(2, len(drawn), figsize=size, layout=layout, squeeze=False)
-    for label, seeds in groups.items():
-        result[label] = {"seeds": len(seeds)}
-        for column, what in zip(axes.T, drawn):
-            queries, mean, spread = curve(seeds.values(), what)
-            minutes = dict(zip(*curve(seeds.values(), "minutes")[:2]))
-            if what == "spread_within_prompt" and mean[0] > 0:
-                mean, spread = mean / mean[0], spread / mean[0]
-            minutes = [minutes[q].item() for q in queries]
-            for ax, x, name in zip(column, (queries, minutes), ("reward queries", "minutes")):
-                mark = "o" if len(x) < 4 else ""
-                ax.plot(x, mean, marker=mark, label=f"{label}, seeds: {len(seeds)}")
-                ax.fill_between(x, mean - spread, mean + spread, alpha=0.2)
-                ax.set(xlabel=name, ylabel=DRAWN[what])
-            values = {"queries": queries, "minutes": minutes}
-            result[label][what] = values | {"mean": mean.tolist(), "std": spread.tolist()}
-        queries, _, mean, spread = result[label]["reward_mean"].values()
-        row = [f"{mean[0]:.4f}", f"{mean[-1]:.4f}", f"{spread[-1]:.4f}"]
-        table.append([label, len(seeds), queries[-1], *row])
-    axes[1, 0].legend(loc="upper left", bbox_to_anchor=(0, -0.15), ncol=2)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, folder / "curves.png")
-    write_json(folder / "curves.json", result)
-    head = ["method", "seeds", "queries", "first reward", "last", "spread over seeds"]
-    print("\n".join(markdown(head, table)))
-    print(f"\nNumbers and picture: {folder}/curves.json, .png")
+def texts(values):
+    """Values (S, F) -> F texts: means over seeds, with their errors where there are several."""
+    text = "{:+.4f} ± {:.4f}" if len(values) > 1 else "{:+.4f}"
+    return [text.format(mean, error) for mean, error in zip(*over_seeds(values))]
+
+
+def at_equal_recognition(a, b):
+    """[[entropy], [entropy]] at the largest recognition that both of two runs reach.
+
+    a, b: of each run the lines that studies/styles.py writes. Entropy is a line between LoRAs
+    that are recognised more than all before them.
+    """
+    level = min(max(line["recognised_of_90"] for line in run) for run in (a, b))
+    found = []
+    for first, *others in (a, b):
+        records = [first]
+        for line in others:
+            if line["recognised_of_90"] > records[-1]["recognised_of_90"]:
+                records.append(line)
+        shares = [line["recognised_of_90"] for line in records]
+        found.append([np.interp(level, shares, [line["style_entropy"] for line in records])])
+    return found
+
+
+def draw(panels, path):
+    """A picture of panels side by side: (x label, y label, [(method, x (n,), y (S, n))])."""
+    plt, colours, panels = pyplot(), {}, [panel for panel in panels if panel[2]]
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
+    for ax, (x_label, y_label, lines) in zip(axes[0], panels):
+        ax.set(xlabel=x_label, ylabel=y_label)
+        for method, x, y in lines:
+            mean, error = over_seeds(y)
+            colour = colours.setdefault(method, f"C{len(colours)}")
+            ax.plot(x, mean, color=colour, label=f"{method} ({len(y)})", marker="." * (len(x) < 6))
+            ax.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2)
+    figure.tight_layout()
+    axes[0, 0].legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncol=3, title="method (seeds)")
+    save_figure(figure, path)
+
+
+def two_way(differences):
+    """Mean and standard error of differences (S, n) of S seeds on the same n pictures.
+
+    Both are random. The variance of the mean is that of the seeds' means / S plus that
+    of the pictures' means / n, less what is in both: the rest's / (S n).
+    """
+    (S, n), mean = differences.shape, differences.mean()
+    of_seed, of_picture = differences.mean(1), differences.mean(0)
+    rest = ((differences - of_seed[:, None] - of_picture + mean) ** 2).sum()
+    seed = of_seed.var(ddof=1) / S if S > 1 else 0.0
+    picture = of_picture.var(ddof=1) / n if n > 1 else 0.0
+    both = rest / max(1, (S - 1) * (n - 1)) / (S * n)
+    return mean, max(seed, picture, seed + picture - both) ** 0.5
+
+
+def measures(folder, lines):
+    """{what: (n,)} of a run: the mean over its rounds, and the gains of n pictures."""
+    found = {}
+    for what in ("reward_mean", "recognised"):
+        if all(what in line for line in lines):
+            found[f"{what} of all rounds"] = np.mean([[line[what] for line in lines]], 1)
+    before = read_json(folder / "before.json") or {}
+    for name, of_list in (read_json(folder / "after.json") or {}).items():
+        for what in (what for what, scores in of_list.items() if scores):
+            found[f"gain in {name} {what}"] = np.subtract(of_list[what], before[name][what])
+    return found
+
+
+def difference_rows(groups):
+    """Rows of a table: each method less the first, over the seeds that both have."""
+    rows, (first, *others) = [], groups
+    for label in others:
+        seeds = sorted(groups[label].keys() & groups[first].keys())
+        a = [measures(*groups[label][seed]) for seed in seeds]
+        b = [measures(*groups[first][seed]) for seed in seeds]
+        for what in a[0] if seeds else ():
+            if len({len(run.get(what, ())) for run in a + b}) > 1:
+                die(f"{what}: the runs have other pictures, so there are no pairs")
+            x, y = (np.stack([run[what] for run in runs]) for runs in (a, b))  # (S, n)
+            mean, error = two_way(x - y)
+            text = f"{mean:+.4f}" + f" +- {error:.4f}" * (x.size > 1)
+            rows.append([label, what, len(seeds), f"{x.mean():.4f}", f"{y.mean():.4f}", text])
+    return rows
 
 
 def main(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--runs", nargs="+", required=True, metavar="RUN", help="run folders")
-    add("--out", default="runs/curves", help="folder for numbers and picture")
+    add("--runs", nargs="+", required=True, metavar="RUN", help="run folders, or folders of some")
+    add("--out", default="runs/curves", help="folder for curves.png, which is written anew")
     args = parser.parse_args(argv)
-    if any(Path(args.out).glob("*.json")):
-        die(f"{args.out} holds results: take another --out")
-    guarded(curves, args)
+    groups = group_runs(find_runs(args.runs))
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    lines = {label: [run for _, run in seeds.values()] for label, seeds in groups.items()}
+    over_queries = ("reward_mean", "recognised", "kl_to_base", "relative_spread")
+    panels = [panel(lines, "queries", what) for what in over_queries]
+    panels.append(panel(lines, "minutes", "reward_mean"))
+    draw(panels, f"{args.out}/curves.png")
+    head = ["method", "figure", "seeds", "its", f"{next(iter(groups))}'s", "difference"]
+    print("\n".join(markdown(head, difference_rows(groups))))
+    print(f"\nPicture: {args.out}/curves.png")
 
 
 if __name__ == "__main__":
