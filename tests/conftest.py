@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as `support` has it
+
 import pytest
 import torch
 
@@ -91,33 +93,40 @@ def random_folder(tmp_path_factory):
 
 
 def load_args(folder, precision="fp32", T=20, **more):
-    """What `model.load_model` reads of the flags."""
+    """What `support.pipeline.load_pipeline` reads of the flags."""
     given = dict(model=str(folder), precision=precision, T=T, eta=1.0, guidance=5.0)
     given |= dict(image_size=None, prediction_type=None, sample_batch=8, decode_batch=8)
-    given |= dict(checkpointing=False, compile=False, channels_last=False)
+    given |= dict(checkpointing=False, compile=False, threads=None)
+    given |= dict(model_config=None, base_lora=None)
     return SimpleNamespace(**given | more)
 
 
 @pytest.fixture
-def model(random_folder):
+def pipeline(random_folder):
     """The random pipeline, loaded as `train.py` loads it, in float32 on the CPU."""
-    from model import load_model
+    from support.pipeline import load_pipeline
 
-    return load_model(load_args(random_folder), torch.device("cpu"))
+    return load_pipeline(load_args(random_folder), torch.device("cpu"))
 
 
-def make_small(T=6, prediction_type="epsilon", **more):
-    """The random pipeline as `load_model` would return it, T steps, straight from memory.
+def make_small(T=6, prediction_type="epsilon", decode_batch=8, **more):
+    """The random pipeline as `load_pipeline` would return it, T steps, straight from memory.
 
-    more: fields of `model.Model`, e.g. guidance or sample_batch.
+    more: fields of `ddim_logprob.Policy`, e.g. guidance or sample_batch.
     """
-    from ddim_logprob import make_schedule
-    from model import Model
+    from ddim_logprob import Policy, make_schedule
+    from support.pipeline import Pipeline
 
     pipe = make_pipeline(prediction_type)
     for network in (pipe.unet, pipe.vae, pipe.text_encoder):
         network.eval().requires_grad_(False)
-    return Model(pipe, make_schedule(pipe.scheduler, T), torch.device("cpu"), **more)
+    device = torch.device("cpu")
+    pipeline = Pipeline(pipe, device, (4, 8, 8), decode_batch)
+    schedule = make_schedule(pipe.scheduler, T)
+    pipeline.policy = Policy(
+        pipe.unet, schedule, pipeline.embed, pipeline.latent_shape, device, **more
+    )
+    return pipeline
 
 
 def randomise_lora(unet, scale=0.02, seed=1):
@@ -193,7 +202,7 @@ def run_flags(model, prompts, *flags):
 def command(random_folder, tmp_path, monkeypatch):
     """`train.main` on the random folder with brightness as reward; returns folder, metrics.
 
-    curves.png is not drawn.
+    before-after.png is not drawn.
     """
     import rewards
     import train
@@ -203,7 +212,7 @@ def command(random_folder, tmp_path, monkeypatch):
     def go(out, *flags, reward=brightness, resume=False):
         checked = rewards.checked(reward, "brightness")
         monkeypatch.setattr(train, "load_reward", lambda *a, **k: checked)
-        monkeypatch.setattr(train, "plot_curves", lambda folder: None)  # half of a run's time
+        monkeypatch.setattr(train.report, "before_after", lambda *rest: None)  # half of the time
         if resume:
             argv = [str(flag) for flag in ["--resume", out, *flags]]
         else:
@@ -218,7 +227,7 @@ def command(random_folder, tmp_path, monkeypatch):
 SERVER = """
 import json, os, sys
 import diffusers, matplotlib.pyplot, torchvision, transformers
-import model, rewards, train
+import rewards, train
 
 diffusers.StableDiffusionPipeline, diffusers.AutoencoderKL, diffusers.UNet2DConditionModel
 transformers.CLIPTextModel, transformers.CLIPTokenizer
