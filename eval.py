@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lora import lora_off
 from rewards import REWARDS, check_reward_name, load_reward
-from support.command import Parser, Stop, die, first_line
+from support.command import Parser, Stop, die, first_line, positive
 from support.pipeline import DTYPES, ETA, GUIDANCE, T, add_model_flags, check_model_flags
 from support.pipeline import load_pipeline, tiny_folder
 from support.processes import all_sum
@@ -252,7 +252,7 @@ def base_parser(description, out):
     add("--T", type=int, help="denoising steps (default: the run's, else 20)")
     add("--eta", type=float, help="weight of DDIM's noise (default: the run's, else 1)")
     add("--guidance", type=float, help="guidance scale (default: the run's, else 5)")
-    add("--batch", type=int, help="pictures at once (default 8, tiny 64)")
+    add("--batch", type=positive, help="pictures at once (default 8, tiny 64)")
     add("--out", help=f"folder for the JSON and the pictures (default {out}-1, -2, ...)")
     add_model_flags(add)
     parser.set_defaults(default_out=out, model=None)
@@ -275,10 +275,6 @@ def fill_in(args):
             value = values.pop() if values else None
             setattr(args, name, default if value is None else value)
     check_model_flags(args)
-    for name in ("batch", "images", "roots"):
-        value = getattr(args, name, None)
-        if value is not None and not 1 <= value < 10**6:
-            die(f"--{name} must be 1 or more, and below a million")
     args.metrics = [m.strip() for m in args.metrics.split(",") if m.strip()]
     if not args.metrics:
         die("--metrics is empty")
@@ -316,7 +312,7 @@ def parse_args(argv):
     add("--no-base", action="store_true", help="leave the base model out")
     add("--prompt", action="append", help="a prompt of your own; may be repeated")
     add("--split", choices=("train", "unseen"), default="train", help="which list of the template")
-    add("--images", type=int, help="pictures a prompt (default 8 with --prompt, else 2)")
+    add("--images", type=positive, help="pictures a prompt (default 8 with --prompt, else 2)")
     add("--seed", type=int, help="other noise than that of the training's own evaluation")
     args = parser.parse_args(argv)
     if args.no_base and not args.lora:

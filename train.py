@@ -41,7 +41,7 @@ from eval import Run, compare, draw, draw_lists, find_judge, scores_before
 from lora import inject_lora, lora_off, lora_state
 from rewards import REWARDS, check_reward_name, load_reward, reward_code
 from support import report, run_folder
-from support.command import Parser, die
+from support.command import Parser, die, positive
 from support.pipeline import DTYPES, ETA, GUIDANCE, T, add_model_flags, check_model_flags
 from support.pipeline import load_pipeline, tiny_folder
 from support.processes import all_sum, init_processes, sum_gradients
@@ -88,27 +88,24 @@ SETTINGS = (
 def make_parser():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    text = f"{', '.join(REWARDS)} (Sec. 4.1), or your own file.py:function"
-    add("--reward", default="clip", help=text)
+    add("--reward", default="clip", help=f"{', '.join(REWARDS)}, or your own file.py:function")
     add("--template", type=int, choices=(1, 2, 3), default=1, help="prompt template (App. H)")
     add("--prompts", help="your own prompts, not a template's: a text file, one a line")
-    text = "Eq. 6 clipped, Eq. 6, Eq. 7, Eq. 8"
-    add("--algo", choices=ALGOS, default="ddpo", help=text)
+    add("--algo", choices=ALGOS, default="ddpo", help="Eq. 6 clipped, Eq. 6, Eq. 7, Eq. 8")
     add("--no-bpt", action="store_true", help="tau = T in every round (Sec. 3.2)")
     add("--no-bs", action="store_true", help="no branches, train on all (Sec. 3.3)")
     text = "of steps in the loss: alike [paper], or by inverse RMS of their gradient [ours]"
     add("--step-weight", choices=("uniform", "rms"), help=f"{text} (SD uniform, tiny rms)")
     add("--seed", type=int, default=0, help="keys noise, prompts, LoRA's start")
     add_model_flags(add)
-    text = "keep the reward model, VAE and text encoder off the device while the UNet trains"
-    add("--offload", action="store_true", help=text)
-    text = "compute the UNet's activations twice: far less memory, more time"
-    add("--checkpointing", action="store_true", help=text)
+    add("--offload", action="store_true", help="keep all but the UNet off the device as it trains")
+    add("--checkpointing", action="store_true", help="activations twice: less memory, more time")
     add("--compile", action="store_true", help="torch.compile the UNet: slow start")
-    text = "prompts of each list to draw (default 100, or 0 with --validation-prompt)"
-    add("--eval-prompts", type=int, help=text)
-    add("--validation-prompt", action="append", help="draw this one; may be repeated")
-    add("--tau-rounds", type=int, help="rounds of tau's growth (default all)")
+    add("--eval-prompts", type=int, help="prompts of each list to draw before and after (100)")
+    add(
+        "--validation-prompt", action="append", help="draw this one, not the lists; may be repeated"
+    )
+    add("--tau-rounds", type=positive, help="rounds of tau's growth (default all)")
     add("--report-to", help="tensorboard, wandb, or both with a comma between")
     add("--out", help="run folder (default: in runs/, named by model, reward, method ...)")
     add("--resume", metavar="RUN", help="go on with this run, by its settings")
@@ -161,7 +158,7 @@ def check(args):
     check_model_flags(args)
     zero_is_fine = ("threshold", "window", "min_count", "save_every", "eval_prompts")
     zero_is_fine += ("beta1", "beta2", "kl_beta", "dpo_beta", "guidance", "weight_decay")
-    for name in (*(row[0] for row in SETTINGS), "tau_rounds", "eval_prompts"):
+    for name in (*(row[0] for row in SETTINGS), "eval_prompts"):
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if not 0 <= value < 1e12:
             die(f"{flag} {value} is no usable number: it must be 0 or more")
@@ -176,16 +173,12 @@ def check(args):
         die("--branches must be 2 or more, or pass --no-bs")
     if args.queries < args.branches:
         die(f"--queries {args.queries} is fewer than --branches {args.branches}")
-    if args.threshold >= args.adv_clip:
-        die("--threshold must be below --adv-clip")
     if max(args.beta1, args.beta2) >= 1:
         die("--beta1 and --beta2 must be below 1")
     if args.algo == "dpo" and args.micro_batch < 2:
         die("dpo needs --micro-batch 2 or more: a pair must be in one UNet call")
-    if not args.resume and run_folder.holds_run(args.out):
-        die(f"{args.out} holds a run: {run_folder.paste('--resume', args.out)}, or --out NEW")
-    if run_folder.is_foreign(args.out):
-        die(f"{args.out} holds files that are no run's: take another --out")
+    if not args.resume:
+        run_folder.check_new(args.out)
     return args
 
 

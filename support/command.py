@@ -22,6 +22,13 @@ def first_line(problem):
     return f"{type(problem).__name__}: {text.splitlines()[0]}"[:200] if text else repr(problem)
 
 
+def positive(text):
+    """A whole number from 1 to 32767, for argparse, which names this function."""
+    if not 1 <= int(text) < 2**15:
+        raise ValueError
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     """Flags with underscores or hyphens; a wrong flag ends with a line that names the nearest."""
 

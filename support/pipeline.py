@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ddim_logprob import Policy, make_schedule
-from support.command import Stop, die, first_line
+from support.command import Stop, die, first_line, positive
 
 ROOT = Path(__file__).resolve().parent.parent
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -36,8 +36,8 @@ def add_model_flags(add):
     )
     add("--prediction-type", choices=("epsilon", "v_prediction"), help=text)
     add("--device", help="cuda, cpu or mps (default: cuda where there is one, else cpu)")
-    add("--threads", type=int, help="CPU threads (default: torch's choice)")
-    add("--image-size", type=int, help="pixels a side (default: the model's own)")
+    add("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    add("--image-size", type=positive, help="pixels a side (default: the model's own)")
 
 
 def check_model_flags(args):
@@ -50,13 +50,8 @@ def check_model_flags(args):
         die("--model is empty")
     if not 1 <= args.T <= 999:
         die("--T must be from 1 to 999: the model knows 1000 timesteps, the first is 1")
-    if not 0 < args.eta <= 1:
-        die("--eta must be above 0 and at most 1: else the step is not the Gaussian of Eq. 1")
-    if not 0 <= args.guidance < 1e6:
-        die("--guidance must be 0 or more")
-    for name in ("threads", "image_size"):
-        if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**15:
-            die(f"--{name.replace('_', '-')} must be from 1 to 32767")
+    if not (0 < args.eta <= 1 and 0 <= args.guidance < 1e6):
+        die("--eta must be above 0 and at most 1 (Eq. 1), --guidance 0 or more")
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -87,16 +82,12 @@ class Pipeline:
         """B prompts -> (B, L, d) in the UNet's dtype, each prompt encoded once a run."""
         for prompt in dict.fromkeys(prompts):
             if prompt not in self.cache:
-                self.tell_cut(prompt)
+                tokens = self.pipe.tokenizer(prompt, verbose=False).input_ids
+                if len(tokens) > self.pipe.tokenizer.model_max_length:
+                    tqdm.write(f"The text encoder cuts off the end of {prompt!r}.")
                 encoded = self.pipe.encode_prompt(prompt, self.device, 1, False)[0][0]
                 self.cache[prompt] = encoded.to(self.pipe.unet.dtype)
         return torch.stack([self.cache[p] for p in prompts])
-
-    def tell_cut(self, prompt):
-        """Say so where a prompt is too long for the text encoder."""
-        most = self.pipe.tokenizer.model_max_length
-        if len(self.pipe.tokenizer(prompt, verbose=False).input_ids) > most:
-            tqdm.write(f"The text encoder takes {most} tokens; the end of {prompt!r} is cut off.")
 
     @torch.no_grad()
     def decode(self, latents):
@@ -287,6 +278,7 @@ def fuse_lora(pipe, path):
     """Make a LoRA, of any kind that diffusers reads, part of the frozen weights."""
     try:
         pipe.load_lora_weights(path)
+        assert pipe.get_active_adapters(), "it holds no LoRA of a UNet"
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     except Exception as problem:  # of many libraries

@@ -117,28 +117,23 @@ def spread(thumbs, owners):
 def first_lines(cfg, folder, workers):
     """What is trained, where and how."""
     name = "the bundled tiny model" if tiny_folder(cfg.model) else cfg.model
-    roots = cfg.queries // cfg.branches
     return (
         f"Training {name} on {cfg.device} ({cfg.precision}, processes: {workers}).\n"
         f"{folder}: {method_slug(vars(cfg))}, {cfg.rounds} rounds of {cfg.queries} queries "
-        f"({roots} roots x {cfg.branches} branches), lr {cfg.lr}, seed {cfg.seed}"
+        f"(roots of {cfg.branches} branches), lr {cfg.lr}, seed {cfg.seed}"
     )
 
 
 def round_line(line, cfg, first_reward):
     """What stays on the screen of a round; line: its metrics."""
-    reward = line["reward_mean"]
-    words = [f"round {line['round']}/{cfg.rounds}", f"tau {line['tau']}"]
-    words.append(f"reward {reward:.4f} ({reward - first_reward:+.4f})")
-    words.append(f"kept {line['kept']} of {line['of']}")
-    if "kl_to_base" in line:
-        words.append(f"KL {line['kl_to_base']:.3f}")
     seconds = sum(line["seconds"].values())
-    words.append(f"{seconds:.1f} s")
-    left = cfg.rounds - line["round"]
-    if left:
-        words.append(f"about {left * seconds / 60:.0f} min left")
-    text = "  ".join(words)
+    left = (cfg.rounds - line["round"]) * seconds / 60
+    text = (
+        f"round {line['round']}/{cfg.rounds}  tau {line['tau']}  reward "
+        f"{line['reward_mean']:.4f} ({line['reward_mean'] - first_reward:+.4f})  kept "
+        f"{line['kept']} of {line['of']}  KL {line.get('kl_to_base', 0):.3f}  {seconds:.1f} s, "
+        f"about {left:.0f} min left"
+    )
     if line["kept"] == 0:
         text += f"\n  no branch passed --threshold {cfg.threshold}: no update"
     if 2 * line["alone_on_prompt"] > line["of"]:

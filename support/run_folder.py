@@ -38,8 +38,6 @@ WITH_RESUME = ("resume", "rounds", "out", "device", "threads", "checkpointing", 
 WITH_RESUME += ("compile", "sample_batch", "micro_batch", "decode_batch", "report_to")
 WITH_RESUME += ("save_every", "grid_every")
 NOT_IN_CONFIG = ("resume", "out", "reward_is_meant")
-DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError)
-DAMAGE += (RuntimeError, TypeError, ValueError)
 OUT_OF_MEMORY = (
     "out of GPU memory: lower --micro-batch (the gradient stays the same), --sample-batch or "
     "--decode-batch, or add --checkpointing --offload"
@@ -62,7 +60,7 @@ def reading(path):
     """Inside, whatever a damaged file leads to ends with one line that names the file."""
     try:
         yield
-    except DAMAGE as problem:
+    except Exception as problem:
         reason = f"{type(problem).__name__}: {problem}"
         die(f"{path} is damaged or of another version ({reason}): restore it, or start anew")
 
@@ -109,42 +107,27 @@ def read_safetensors(path):
 
 def method_slug(cfg):
     """The algorithm and its strategies for the name of a folder, e.g. ddpo-bpt-bs."""
-    words = [cfg["algo"]]
-    words += [] if cfg["no_bpt"] else ["bpt"]
-    words += [] if cfg["no_bs"] else ["bs"]
-    return "-".join(words)
+    words = [cfg["algo"], "" if cfg["no_bpt"] else "bpt", "" if cfg["no_bs"] else "bs"]
+    return "-".join(filter(None, words))
 
 
 def short_name(path, ending):
     """A path's last part for a folder's name; of a file elsewhere, four letters tell it apart."""
     name = Path(path).name.removesuffix(ending)
-    where = str(Path(path).parent)
-    if where != "." and os.path.exists(path):
+    if "/" in path and os.path.exists(path):
         name += "-" + hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:4]
     return name
 
 
 def default_folder(cfg, given):
     """runs/<model>-<reward>-<prompts>-<method>-seed<seed>, and the numbers `given` by flags."""
-    prompts = f"template{cfg['template']}"
-    if cfg["prompts"]:
-        prompts = short_name(cfg["prompts"], ".txt")
     reward, _, function = cfg["reward"].rpartition(":")
-    reward = f"{short_name(reward, '.py')}-{function}" if reward else cfg["reward"]
-    words = [short_name(cfg["model"], ".safetensors"), reward, prompts]
+    words = [short_name(cfg["model"], ".safetensors")]
+    words.append(f"{short_name(reward, '.py')}-{function}" if reward else function)
+    words.append(short_name(cfg["prompts"] or f"template{cfg['template']}", ".txt"))
     words += [method_slug(cfg), f"seed{cfg['seed']}"]
     words += [f"{name}{value}" for name, value in given.items()]
     return "runs/" + "-".join(words).encode()[:200].decode(errors="ignore")
-
-
-def versions():
-    """What a run was made with: the commit of this repository and the libraries' versions."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    out = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    with contextlib.suppress(OSError):  # no git
-        found = subprocess.run(git, capture_output=True, text=True)
-        out["commit"] = found.stdout.strip()
-    return out
 
 
 def read_config(folder):
@@ -185,16 +168,19 @@ def fingerprint(cfg, reward_code):
 # ---------------------------------------------------------------- the folder
 
 
-def holds_run(folder):
-    """Has a run in `folder` got anywhere? One that failed while it loaded may be begun again."""
-    files = [os.path.join(folder, f) for f in ("metrics.jsonl", "before.json", CHECKPOINT)]
-    return any(os.path.exists(file) and os.path.getsize(file) for file in files)
+def check_new(folder):
+    """Refuse a folder for a new run that holds another one, or files that are no run's.
 
-
-def is_foreign(folder):
-    """Is there something in `folder`, but no run?"""
-    found = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    return bool(found) and "config.json" not in found
+    A run that failed while it loaded may be begun again. Only the first of several
+    processes looks, since it writes there already while the others start.
+    """
+    if os.environ.get("RANK", "0") != "0" or not os.path.isdir(folder):
+        return
+    found = os.listdir(folder)
+    if found and "config.json" not in found:
+        die(f"{folder} holds files that are no run's: take another --out")
+    if "before.json" in found or CHECKPOINT in found:
+        die(f"{folder} holds a run: {paste('--resume', folder)}, or --out NEW")
 
 
 def open_folder(cfg, mark, saved, worker):
@@ -207,14 +193,19 @@ def open_folder(cfg, mark, saved, worker):
     _, header = saved
     if worker != 0:
         return folder
-    (folder / "grids").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     old = read_config(folder) if cfg.resume else {}
     config = {k: v for k, v in vars(cfg).items() if k not in NOT_IN_CONFIG}
     config["wandb_id"] = old.get("wandb_id") or uuid.uuid4().hex[:16]
     config["reward_changed"] = old.get("reward_changed") or []
     if header and header["fingerprint"]["reward"] != mark["reward"]:
         config["reward_changed"].append(f"after round {header['rounds_done']}")
-    write_json(folder / "config.json", config | {"made_with": versions()})
+    made_with = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    with contextlib.suppress(OSError):  # no git
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+        made_with["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    write_json(folder / "config.json", config | {"made_with": made_with})
+    (folder / "grids").mkdir(exist_ok=True)
     if header:
         keep_metrics(folder, header["rounds_done"])
     elif cfg.resume:
