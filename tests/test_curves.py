@@ -1,0 +1,164 @@
+"""studies/curves.py: which runs are drawn, how seeds are averaged, how methods differ."""
+
+import json
+
+import numpy as np
+import pytest
+
+from studies import curves
+
+CONFIG = {"model": "tiny", "rounds": 2, "algo": "ddpo", "no_bpt": True, "no_bs": True}
+CONFIG |= {"reward": "clip", "lr": 1e-3, "made_with": {"torch": "1"}}
+
+
+def write_run(folder, rewards, gains=None, **settings):
+    """A run folder whose rounds have these mean rewards; gains: of its pictures."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"seed": 0} | settings))
+    lines = []
+    for i, reward in enumerate(rewards):
+        line = {"round": i + 1, "queries": 10 * (i + 1), "reward_mean": reward}
+        line |= {"recognised": reward / 10, "spread_within_prompt": 0.2 / (i + 1)}
+        sampling = 40.0 * (i + 1) + 12 * settings.get("seed", 0)
+        lines.append(line | {"seconds": {"sampling": sampling, "training": 20.0}})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if gains is not None:
+        before = [0.5 * j for j in range(len(gains))]
+        after = [a + gain for a, gain in zip(before, gains)]
+        for when, scores in (("before", before), ("after", after)):
+            data = {"train": {"score": scores, "recognised": None}}
+            (folder / f"{when}.json").write_text(json.dumps(data))
+    return folder
+
+
+def groups_of(*folders):
+    return curves.group_runs(curves.find_runs(folders))
+
+
+def fails(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        curves.main([str(word) for word in argv])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_seeds_are_one_line_and_other_settings_are_another(tmp_path):
+    write_run(tmp_path / "a", [1.0, 2.0])
+    write_run(tmp_path / "b", [3.0, 6.0], seed=1, device="cuda", eval_images=4)
+    write_run(tmp_path / "c", [0.0, 1.0], no_bpt=False, no_bs=False)
+    write_run(tmp_path / "d", [0.0, 1.0], no_bpt=False, no_bs=False, lr=2e-3)
+    found = {label: list(seeds) for label, seeds in groups_of(tmp_path).items()}
+    assert found == {"ddpo": [0, 1], "ddpo-bpt-bs, lr 0.001": [0], "ddpo-bpt-bs, lr 0.002": [0]}
+
+
+def test_rounds_are_no_seed(tmp_path):
+    """tau depends on them."""
+    write_run(tmp_path / "a", [1.0, 2.0])
+    write_run(tmp_path / "b", [1.0], seed=1, rounds=1)
+    assert set(groups_of(tmp_path)) == {"ddpo, rounds 1", "ddpo, rounds 2"}
+
+
+def test_a_curve_is_the_mean_over_seeds_at_queries_that_all_have(tmp_path):
+    write_run(tmp_path / "a", [1.0, 2.0, 9.0], rounds=3)
+    write_run(tmp_path / "b", [3.0, 7.0, 8.0], seed=1, rounds=3)
+    runs = [lines for _, lines in groups_of(tmp_path)["ddpo"].values()]
+    minutes, rewards = curves.curve([runs[0], runs[1][:2]], "minutes", "reward_mean")
+    assert minutes.tolist() == pytest.approx([1.1, 2.8667], abs=1e-4)  # 60, 100 and 72, 112 seconds
+    assert rewards.tolist() == [[1, 2], [3, 7]]
+    mean, error = curves.over_seeds(rewards)
+    assert mean.tolist() == [2, 4.5]
+    assert error.tolist() == pytest.approx([1, 2.5])  # half the difference of two
+    assert curves.over_seeds(rewards[:1])[1].tolist() == [0, 0]
+    queries, spread = curves.curve(runs, "queries", "relative_spread")
+    assert queries.tolist() == [10, 20, 30]
+    assert spread == pytest.approx(np.array([[1, 1 / 2, 1 / 3]] * 2))
+    assert curves.curve(runs, "queries", "kl_to_base")[1].size == 0
+
+
+def test_a_picture_is_drawn_and_drawn_anew(tmp_path, capsys):
+    write_run(tmp_path / "runs/a", [1.0, 2.0])
+    write_run(tmp_path / "runs/cut", [1.0], seed=1)
+    for _ in range(2):
+        curves.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+        shown = capsys.readouterr().out
+        assert "passed over" in shown and "cut has 1 of 2 rounds" in shown
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["curves.png"]
+
+
+def test_the_error_of_a_difference_is_that_of_seeds_and_pictures():
+    """Against simulated seeds and pictures: unbiased, if both matter or only one."""
+    normal = np.random.default_rng(0).normal
+    for S, n, of_seed, of_picture in ((3, 8, 1.0, 1.0), (4, 6, 0.0, 2.0), (6, 5, 2.0, 0.0)):
+        found = []
+        for _ in range(2000):
+            x = of_seed * normal(size=(S, 1)) + of_picture * normal(size=(1, n))
+            found.append(curves.two_way(x + normal(size=(S, n))))
+        means, errors = np.array(found).T
+        assert np.mean(errors**2) == pytest.approx(means.var(), rel=0.15)
+    # Seeds' means 1 and .5, pictures' too: .25 each. The rest is too large to be taken off
+    assert curves.two_way(np.array([[2.0, 0.0], [0.0, 1.0]])) == (0.75, 0.25)
+    x = normal(size=6)
+    expected = pytest.approx((x.mean(), x.std(ddof=1) / 6**0.5))
+    assert curves.two_way(x[None]) == expected  # one seed: over pictures
+    assert curves.two_way(x[:, None]) == expected  # one number a seed: over seeds
+    assert curves.two_way(np.tile(x, (4, 1))) == expected  # seeds add nothing to the same pictures
+
+
+def test_methods_differ_by_the_seed_and_the_picture(tmp_path, capsys):
+    write_run(tmp_path / "A0", [1.0, 2.0], [1.0, 0.0, 2.0])
+    write_run(tmp_path / "A1", [4.0, 4.0], [1.0, 0.0, 2.0], seed=1)
+    write_run(tmp_path / "A7", [9.0, 9.0], [9.0, 9.0, 9.0], seed=7)  # it has no pair
+    write_run(tmp_path / "B1", [5.0, 7.0], [1.0, 1.0, 3.0], seed=1, no_bs=False)
+    write_run(tmp_path / "B0", [2.0, 2.0], [2.0, 1.0, 3.0], no_bs=False)
+    rows = curves.difference_rows(groups_of(tmp_path))
+    # Rewards: 2 - 1.5 and 6 - 4. Gains: 1, 1, 1 and 0, 1, 1
+    assert rows[0] == [
+        "ddpo-bs",
+        "reward_mean of all rounds",
+        2,
+        "4.0000",
+        "2.7500",
+        "+1.2500 +- 0.7500",
+    ]
+    mean, error = curves.two_way(np.array([[1.0, 1, 1], [0, 1, 1]]))
+    assert rows[-1][1:5] == ["gain in train score", 2, "1.8333", "1.0000"]
+    assert rows[-1][-1] == f"{mean:+.4f} +- {error:.4f}" and mean == pytest.approx(5 / 6)
+    curves.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "+1.2500 +- 0.7500 |" in capsys.readouterr().out
+
+
+def test_one_seed_has_no_error_over_seeds(tmp_path):
+    write_run(tmp_path / "a", [1.0, 1.0])
+    write_run(tmp_path / "b", [0.5, 0.5], no_bs=False)
+    assert curves.difference_rows(groups_of(tmp_path))[0][-1] == "-0.5000"
+
+
+def test_entropies_are_compared_where_both_runs_come():
+    """b gets no further than .6, which a reaches half-way between its first and second LoRA."""
+    a, b = [], []
+    for run, points in (
+        (a, [(0.4, 1.0), (0.5, 0.9), (0.45, 0.1), (0.7, 0.5)]),
+        (b, [(0.4, 1.0), (0.6, 0.8), (0.5, 0.0)]),
+    ):
+        for share, entropy in points:
+            run.append({"recognised_of_90": share, "style_entropy": entropy})
+    assert curves.at_equal_recognition(a, b) == [[pytest.approx(0.7)], [pytest.approx(0.8)]]
+    assert curves.at_equal_recognition(b, a) == [[pytest.approx(0.8)], [pytest.approx(0.7)]]
+    worse = [a[0], {"recognised_of_90": 0.3, "style_entropy": 0.2}]  # it never gets better
+    assert curves.at_equal_recognition(a, worse) == [[1.0], [1.0]]
+
+
+def test_runs_that_do_not_serve_end_with_one_line(tmp_path, capsys):
+    good = write_run(tmp_path / "good", [1.0, 2.0], [1.0])
+    out = ["--out", tmp_path / "out"]
+    new = write_run(tmp_path / "new", [])
+    assert "no run is finished" in fails(capsys, "--runs", new, *out)
+    (tmp_path / "empty").mkdir()
+    assert "holds no run" in fails(capsys, "--runs", tmp_path / "empty", *out)
+    assert "are one run: ddpo" in fails(capsys, "--runs", good, good, *out)
+    other = write_run(tmp_path / "other", [1.0, 2.0], no_bs=False, reward="jpeg")
+    assert "the runs differ in reward" in fails(capsys, "--runs", good, other, *out)
+    more = write_run(tmp_path / "more", [1.0, 2.0], [1.0, 2.0], no_bs=False)
+    assert "other pictures" in fails(capsys, "--runs", good, more, *out)
