@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from lora import lora_off
 from rewards import REWARDS, check_reward_name, load_reward
-from support.command import Parser, Stop, die, first_line, positive
+from support.command import Parser, Stop, die, first_line, positive, progress
 from support.pipeline import DTYPES, ETA, GUIDANCE, T, add_model_flags, check_model_flags
 from support.pipeline import load_pipeline, tiny_folder
 from support.processes import all_sum
@@ -52,16 +51,15 @@ def evaluate(pipeline, rewards, prompts, each, judge=None, worker=0, workers=1, 
     of every prompt, with "recognised" (None without a judge); and this process's pictures
     (m, 3, H, W).
     """
-    policy = pipeline.policy
     owners = [(prompt, number) for number in range(each) for prompt in prompts]
     own = list(range(len(owners)))[worker::workers]
     names = [owners[j][0] for j in own]
     keys = [("evaluation", *owners[j], *seed) for j in own]
-    x_0 = policy.denoise(None, policy.schedule.T, 0, names, keys)
+    x_0 = pipeline.policy.denoise(None, pipeline.policy.schedule.T, 0, names, keys)
     scores = {name: torch.zeros(len(owners)) for name in (*rewards, "recognised")}
     pictures = []
     size = pipeline.decode_batch
-    for start in tqdm(range(0, len(own), size), desc="scoring", leave=False, disable=None):
+    for start in progress(range(0, len(own), size), "scoring"):
         rows = own[start : start + size]
         some_names = names[start : start + size]
         pictures.append(pipeline.decode(x_0[start : start + size]))

@@ -39,46 +39,53 @@ from b2rl import split_updates, step_energy, tau_schedule
 from ddim_logprob import gaussian_kl, keyed_generator, log_prob
 from eval import Run, compare, draw, draw_lists, find_judge, scores_before
 from lora import inject_lora, lora_off, lora_state
-from rewards import REWARDS, check_reward_name, load_reward, reward_code
+from rewards import check_reward_name, load_reward, reward_code
 from support import report, run_folder
-from support.command import Parser, die, positive
+from support.command import Parser, die, positive, progress
 from support.pipeline import DTYPES, ETA, GUIDANCE, T, add_model_flags, check_model_flags
 from support.pipeline import load_pipeline, tiny_folder
 from support.processes import all_sum, init_processes, sum_gradients
 from support.prompts import load_prompts
 
 ALGOS = ("ddpo", "pg", "dpok", "dpo")
-# Every number of the method: flag, type, default for SD and tiny, what it is, its source
+# Every number of the method: flag, default for SD and for tiny, what it is, its source.
+# A new row is a flag, stands in config.json and in the checkpoint, and needs no other line.
 SETTINGS = (
-    ("T", int, T, T, "denoising steps [paper, Table 6]"),
-    ("eta", float, ETA, ETA, "weight of DDIM's noise [paper, Table 6]"),
-    ("guidance", float, GUIDANCE, GUIDANCE, "guidance scale, always [paper, Table 6]"),
-    ("tau0", int, 14, 14, "first training interval, BPT [official]"),
-    ("branches", int, 3, 3, "branches K of a root, BS [paper, Table 6]"),
-    ("threshold", float, 0.5, 0.5, "score threshold on r_hat, Eq. 5 [paper, Table 6]"),
-    ("window", int, 8, 8, "past rounds in the mean and std of r_hat, App. D.1 [official]"),
-    ("min_count", int, 16, 16, "with fewer scores a prompt takes the round's mean and std [ddpo]"),
-    ("rounds", int, 100, 16, "rounds N [official; tiny: ours]"),
-    ("queries", int, 256, 192, "reward queries a round: roots x branches [paper 25.6k]"),
-    ("epochs", int, 2, 2, "passes over a round's data [official]"),
-    ("update_size", int, 64, 32, "trajectories an update [Table 6: 2 x 32; DDPO 2 x 128]"),
-    ("lr", float, 1e-4, 1e-3, "AdamW learning rate [paper, Table 6; tiny: ours]"),
-    ("weight_decay", float, 1e-4, 1e-4, "AdamW weight decay [paper, Table 6]"),
-    ("beta1", float, 0.9, 0.9, "AdamW beta_1 [paper, Table 6]"),
-    ("beta2", float, 0.999, 0.999, "AdamW beta_2 [paper, Table 6]"),
-    ("adam_eps", float, 1e-8, 1e-8, "AdamW epsilon [paper, Table 6]"),
-    ("clip_range", float, 1e-4, 1e-3, "clip of the ratio, by mean log p [ddpo; tiny: ours]"),
-    ("adv_clip", float, 5.0, 5.0, "r_hat is clipped to +- this [official, ddpo]"),
-    ("max_grad_norm", float, 1.0, 1.0, "gradient norm clip [official, ddpo]"),
-    ("rank", int, 4, 4, "LoRA rank [official]"),
-    ("kl_beta", float, 0.01, 0.01, "weight of DPOK's KL, Eq. 7 [ours]"),
-    ("dpo_beta", float, 0.1, 0.1, "beta of DPO on summed log p, Eq. 8 [D3PO's code]"),
-    ("sample_batch", int, 8, 128, "states a UNet call in sampling, guidance x 2 [Table 6]"),
-    ("micro_batch", int, 2, 128, "states a UNet call in training [Table 6]"),
-    ("decode_batch", int, 8, 64, "pictures decoded and scored at once"),
-    ("eval_images", int, 1, 2, "pictures a prompt, before and after"),
-    ("grid_every", int, 10, 5, "rounds between picture grids"),
-    ("save_every", int, 0, 0, "rounds between LoRAs that are kept; 0: the last alone"),
+    # The diffusion: how a picture is sampled, in training and in evaluation alike
+    ("T", T, T, "denoising steps [Table 6]"),
+    ("eta", ETA, ETA, "DDIM's noise [Table 6]"),
+    ("guidance", GUIDANCE, GUIDANCE, "guidance scale [Table 6]"),
+    # The two ideas, and how a score becomes r_hat
+    ("tau0", 14, 14, "first tau, BPT [official]"),
+    ("branches", 3, 3, "branches K, BS [Table 6]"),
+    ("threshold", 0.5, 0.5, "threshold, Eq. 5 [Table 6]"),
+    ("window", 8, 8, "past rounds in r_hat [official]"),
+    ("min_count", 16, 16, "scores for a prompt's own mean [ddpo]"),
+    # How much is sampled. Compare methods at equal queries: rounds x queries
+    ("rounds", 100, 16, "rounds N [official; tiny: ours]"),
+    ("queries", 256, 192, "rewards a round [paper: 25.6k]"),
+    ("epochs", 2, 2, "passes over a round [official]"),
+    ("update_size", 64, 32, "trajectories an update [Table 6]"),
+    # The update. The clip range belongs to a log p that is a mean over D: see b2rl.py
+    ("lr", 1e-4, 1e-3, "learning rate [Table 6; tiny: ours]"),
+    ("weight_decay", 1e-4, 1e-4, "weight decay [Table 6]"),
+    ("beta1", 0.9, 0.9, "AdamW beta_1 [Table 6]"),
+    ("beta2", 0.999, 0.999, "AdamW beta_2 [Table 6]"),
+    ("adam_eps", 1e-8, 1e-8, "AdamW epsilon [Table 6]"),
+    ("clip_range", 1e-4, 1e-3, "clip of the ratio [ddpo; tiny: ours]"),
+    ("adv_clip", 5.0, 5.0, "clip of r_hat [official, ddpo]"),
+    ("max_grad_norm", 1.0, 1.0, "gradient norm clip [official, ddpo]"),
+    # LoRA, and what only DPOK and DPO read
+    ("rank", 4, 4, "LoRA rank [official]"),
+    ("kl_beta", 0.01, 0.01, "DPOK's KL, Eq. 7 [ours]"),
+    ("dpo_beta", 0.1, 0.1, "beta of DPO, Eq. 8 [D3PO]"),
+    # How much at once, and what is drawn: these change no gradient
+    ("sample_batch", 8, 128, "states a sampling call [Table 6]"),
+    ("micro_batch", 2, 128, "states a training call [Table 6]"),
+    ("decode_batch", 8, 64, "pictures decoded at once"),
+    ("eval_images", 1, 2, "pictures a prompt, before, after"),
+    ("grid_every", 10, 5, "rounds between grids"),
+    ("save_every", 0, 0, "rounds between kept LoRAs"),
 )
 
 
@@ -88,30 +95,28 @@ SETTINGS = (
 def make_parser():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--reward", default="clip", help=f"{', '.join(REWARDS)}, or your own file.py:function")
-    add("--template", type=int, choices=(1, 2, 3), default=1, help="prompt template (App. H)")
-    add("--prompts", help="your own prompts, not a template's: a text file, one a line")
+    add("--reward", default="clip", help="clip, bert, jpeg or your file.py:function")
+    add("--template", type=int, choices=(1, 2, 3), default=1, help="App. H")
+    add("--prompts", help="your own prompts: a text file, one a line")
     add("--algo", choices=ALGOS, default="ddpo", help="Eq. 6 clipped, Eq. 6, Eq. 7, Eq. 8")
-    add("--no-bpt", action="store_true", help="tau = T in every round (Sec. 3.2)")
-    add("--no-bs", action="store_true", help="no branches, train on all (Sec. 3.3)")
-    text = "of steps in the loss: alike [paper], or by inverse RMS of their gradient [ours]"
-    add("--step-weight", choices=("uniform", "rms"), help=f"{text} (SD uniform, tiny rms)")
-    add("--seed", type=int, default=0, help="keys noise, prompts, LoRA's start")
+    add("--no-bpt", action="store_true", help="tau = T always (Sec. 3.2)")
+    add("--no-bs", action="store_true", help="no branches, train on all")
+    add("--step-weight", choices=("uniform", "rms"), help="[paper]; tiny: rms [ours]")
+    add("--seed", type=int, default=0, help="keys all noise")
     add_model_flags(add)
-    add("--offload", action="store_true", help="keep all but the UNet off the device as it trains")
-    add("--checkpointing", action="store_true", help="activations twice: less memory, more time")
-    add("--compile", action="store_true", help="torch.compile the UNet: slow start")
-    add("--eval-prompts", type=int, help="prompts of each list to draw before and after (100)")
-    add(
-        "--validation-prompt", action="append", help="draw this one, not the lists; may be repeated"
-    )
-    add("--tau-rounds", type=positive, help="rounds of tau's growth (default all)")
-    add("--report-to", help="tensorboard, wandb, or both with a comma between")
-    add("--out", help="run folder (default: in runs/, named by model, reward, method ...)")
-    add("--resume", metavar="RUN", help="go on with this run, by its settings")
-    for name, kind, sd, tiny, text in SETTINGS:
+    add("--offload", action="store_true", help="the UNet alone on the GPU")
+    add("--checkpointing", action="store_true", help="less memory, more time")
+    add("--compile", action="store_true", help="faster, after a slow start")
+    add("--eval-prompts", type=int, help="prompts to draw of each list (100)")
+    add("--validation-prompt", action="append", help="draw this, not the lists")
+    add("--tau-rounds", type=positive, help="rounds of tau's growth")
+    add("--report-to", nargs="+", choices=report.TRACKERS, default=[])
+    add("--out", help="run folder (default: in runs/)")
+    add("--resume", metavar="RUN", help="go on with this run")
+    # Their defaults stay open here: they depend on the model, see `fill_in`
+    for name, sd, tiny, text in SETTINGS:
         flag = f"--{name.replace('_', '-')}"
-        add(flag, type=kind, metavar=kind.__name__, help=f"{text} (SD {sd}, tiny {tiny})")
+        add(flag, type=type(sd), help=f"{text} (SD {sd}, tiny {tiny})")
     return parser
 
 
@@ -132,13 +137,14 @@ def parse_args(argv):
 
 def fill_in(args, given):
     """The settings that the user left open; `given`: the flags."""
-    for name, _, sd, tiny, _ in SETTINGS:
+    for name, sd, tiny, _ in SETTINGS:
         if getattr(args, name) is None:
             setattr(args, name, tiny if tiny_folder(args.model) else sd)
     if args.step_weight is None:
         args.step_weight = "rms" if tiny_folder(args.model) else "uniform"
-    if args.no_bs:
+    if args.no_bs:  # a root that does not branch is a single trajectory
         args.branches = 1
+    # Whole roots: the queries that are left over are not drawn
     if args.queries > args.branches > 0:
         args.queries -= args.queries % args.branches
     if args.tau_rounds is None:
@@ -146,8 +152,8 @@ def fill_in(args, given):
     if args.eval_prompts is None:
         args.eval_prompts = 0 if args.validation_prompt else 100
     numbers = {name: given[name] for name, *_ in SETTINGS if name in given}
-    args.out = args.resume or args.out or run_folder.default_folder(vars(args), numbers)
-    args.out = os.path.expanduser(args.out)
+    folder = run_folder.default_folder(vars(args), numbers)
+    args.out = os.path.expanduser(args.resume or args.out or folder)
     return args
 
 
@@ -161,18 +167,17 @@ def check(args):
     for name in (*(row[0] for row in SETTINGS), "eval_prompts"):
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if not 0 <= value < 1e12:
-            die(f"{flag} {value} is no usable number: it must be 0 or more")
+            die(f"{flag} {value}: it must be 0 or more")
         if value == 0 and name not in zero_is_fine:
             die(f"{flag} must be above 0")
-    report.check_trackers(args.report_to)
     if not all(prompt.strip() for prompt in args.validation_prompt or []):
         die("--validation-prompt is empty")
     if args.tau0 > args.T:
-        die(f"--tau0 {args.tau0} is outside 1..T = {args.T}")
+        die("--tau0 must be at most --T")
     if args.branches < 2 and not args.no_bs:
-        die("--branches must be 2 or more, or pass --no-bs")
+        die("--branches must be 2 or more, or --no-bs")
     if args.queries < args.branches:
-        die(f"--queries {args.queries} is fewer than --branches {args.branches}")
+        die("--queries must be at least --branches")
     if max(args.beta1, args.beta2) >= 1:
         die("--beta1 and --beta2 must be below 1")
     if args.algo == "dpo" and args.micro_batch < 2:
@@ -197,18 +202,18 @@ def score(pipeline, reward, judge, x_0, roots):
     x_0 = x_0.flatten(0, 1)
     answers = []
     thumbs = []
-    count = max(1, math.ceil(len(x_0) / pipeline.decode_batch))
-    parts = torch.arange(len(x_0)).tensor_split(count) if prompts else ()
-    for rows in tqdm(parts, desc="scoring", leave=False, disable=None):
-        images = pipeline.decode(x_0[rows])
-        of_rows = [prompts[j] for j in rows]
-        right = judge(images, of_rows).float() if judge else torch.zeros(len(rows))
-        answers.append(torch.stack([reward(images, of_rows), right]))
+    size = pipeline.decode_batch
+    for start in progress(range(0, len(x_0), size), "scoring"):
+        images = pipeline.decode(x_0[start : start + size])
+        names = prompts[start : start + size]
+        right = judge(images, names) if judge else torch.zeros(len(names))
+        answers.append(torch.stack([reward(images, names), right.float()]))
         thumbs.append(torch.nn.functional.adaptive_avg_pool2d(images, 8))
     spread = 0.0
     if answers:
         found[:, roots.own] = torch.cat(answers, 1).view(2, -1, K)
         spread = report.spread(torch.cat(thumbs), prompts)
+    # Each process fills in its own roots, so that the sum over processes is the whole table
     scores, right = all_sum(found, pipeline.device)
     metrics = {"reward_mean": scores.mean().item(), "reward_std": scores.std().item()}
     metrics |= {"of": scores.numel(), "spread_within_prompt": spread}
@@ -223,7 +228,8 @@ def make_scaler(cfg, device):
     DPO's is larger by beta * D. The scale must be there even in a process without a share.
     """
     scale = 2.0**6 if cfg.algo == "dpo" else 2.0**16
-    scaler = torch.amp.GradScaler(device.type, scale, enabled=cfg.precision == "fp16")
+    half = cfg.precision == "fp16"
+    scaler = torch.amp.GradScaler(device.type, scale, enabled=half)
     scaler.scale(torch.zeros((), device=device))
     return scaler
 
@@ -293,47 +299,55 @@ def finish(run, cfg, lora, lists, before, after, train_prompts):
 
 def algorithm_1(cfg):
     """Algorithm 1: the loop over rounds. Returns the run folder."""
+    # Everything that can be refused is refused before the model is loaded
     worker, workers, device = init_processes(torch.device(cfg.device))
     say = tqdm.write if worker == 0 else lambda text: None
-    train_prompts, lists = prompt_lists(cfg, say)
+    prompts, lists = prompt_lists(cfg, say)
     fingerprint = run_folder.fingerprint(vars(cfg), reward_code(cfg.reward))
     saved = run_folder.read_checkpoint(cfg, fingerprint)
     folder = run_folder.open_folder(cfg, fingerprint, saved, worker)
+    track = report.open_trackers(cfg, folder, saved, worker)
     say(report.first_lines(cfg, folder, workers))
+
+    # The pipeline is frozen; LoRA in the UNet's attention is all that is trained
     pipeline = load_pipeline(cfg, device)
     policy = pipeline.policy
     reward = load_reward(cfg.reward, pipeline.tiny, device, DTYPES[cfg.precision])
-    judge = find_judge(pipeline, train_prompts + sum(lists.values(), []))
+    judge = find_judge(pipeline, prompts + sum(lists.values(), []))
     lora = inject_lora(policy.unet, cfg.rank, seed=cfg.seed)
     betas = (cfg.beta1, cfg.beta2)
     optimizer = torch.optim.AdamW(lora.values(), cfg.lr, betas, cfg.adam_eps, cfg.weight_decay)
     scaler = make_scaler(cfg, device)
+
+    # What a run remembers from round to round, beside the weights: a resume brings it back.
+    # There is no random state in it: all noise is keyed by seed, round, root and branch
     normalise = RewardNormaliser(cfg.window, cfg.min_count)
     step_weights = StepWeights(cfg.step_weight)
     rounds_done = run_folder.restore(saved, lora, optimizer, scaler, normalise, step_weights)
-    track = report.open_trackers(cfg, folder, worker, rounds_done)
     run = Run(folder, worker, workers, say, track)
     before = scores_before(run, cfg, pipeline, reward, judge, lists)
     D = math.prod(policy.latent_shape)
     log = report.TrainingLog(cfg.clip_range)
     clock = report.Clock()
 
-    for i in tqdm(range(rounds_done, cfg.rounds), desc="rounds", leave=False, disable=None):
-        # BPT: only the last tau steps are trained, and tau grows (Eq. 3, App. D.1). The
-        # reward says most about the steps nearest to the picture, so these come first
+    for i in progress(range(rounds_done, cfg.rounds), "rounds"):
+        # BPT: only the last tau steps are trained, and tau grows (Eq. 3, App. D.1). Late
+        # steps start from states whose pictures are nearly decided: an easy task comes first
         tau = cfg.T if cfg.no_bpt else tau_schedule(i, cfg.tau_rounds, cfg.T, cfg.tau0)
 
         # BS: a root is a prompt and an x_T. Its branches share the path down to x_tau, so
-        # only the last tau steps can be why their rewards differ (Sec. 3.3)
+        # only their last tau steps can be why their rewards differ (Sec. 3.3). The noise of
+        # each root and branch has its own key: a run does not depend on how it is batched
         clock.start("sampling")
-        roots = draw_roots(train_prompts, cfg, i, worker, workers)
+        roots = draw_roots(prompts, cfg, i, worker, workers)
         x_T = policy.noise(roots.keys("x_T"))
         x_tau = policy.denoise(x_T, cfg.T, tau, roots.own_prompts, roots.keys("shared"))
         branch_keys = roots.branch_keys(cfg.branches)
         x, log_p_old = policy.branch(x_tau, tau, 0, roots.own_prompts, branch_keys)
         rollout = Rollout(x, log_p_old, roots.own_prompts, roots.own, device)
 
-        # The reward sees finished pictures alone and names no step: it is sparse
+        # The reward sees finished pictures alone and names no step: it is sparse. r_hat says
+        # how good a picture is for its prompt, so that hard prompts do not count as bad ones
         clock.start("reward")
         scores, metrics = score(pipeline, reward, judge, x[:, :, -1], roots)  # (P, K)
         r_hat = normalise(i, roots.prompts, scores)  # App. D.1
@@ -342,18 +356,21 @@ def algorithm_1(cfg):
             kept = dpo_pairs(kept, r_hat, roots.prompts, cfg.threshold)
 
         clock.start("training")
-        if cfg.offload:
-            pipeline.move_others(reward, "cpu")
+        pipeline.move_others(reward, "cpu")  # with --offload
         measured = to_measure(kept, cfg, i)
         if cfg.step_weight == "rms" and len(kept):
             signs = keyed_generator(cfg.seed, i, "signs")
             energy = step_energy(policy, rollout, measured, cfg.micro_batch, lora, signs)
             step_weights.measure(energy)
         weights = step_weights(tau).to(device)  # (tau + 1,), by t
+        # theta_old is the policy that sampled the round; theta moves away from it from update
+        # to update, so that p/p_old leaves 1 and the clip begins to matter
         for epoch in range(cfg.epochs):
             shuffle = keyed_generator(cfg.seed, i, "shuffle", epoch)
             for update in split_updates(kept, cfg.update_size, shuffle):
                 optimizer.zero_grad()
+                # One UNet call is one step t of several trajectories. Gradients add up over
+                # the calls, so the size of a call changes nothing but memory and speed
                 for batch in rollout.batches(update, cfg.micro_batch):
                     mu, sigma = policy(batch.x_t, batch.t, batch.prompts)
                     log_p = log_prob(batch.x_prev, mu, sigma)  # Eq. 1
@@ -379,25 +396,25 @@ def algorithm_1(cfg):
                     scaler.scale(loss).backward()
                     log.add(log_p, log_p_old, loss, h)
                 norm = clip_gradient(lora, optimizer, scaler, cfg.max_grad_norm, device)
-                if norm.isfinite():
+                if norm.isfinite():  # else the update is skipped, and counted
                     scaler.step(optimizer)  # AdamW
                 scaler.update()
                 log.end_update(norm, len(update))
 
-        metrics |= {"round": i + 1, "tau": tau, "kept": len(kept), "seconds": clock.stop()}
+        metrics |= {"round": i + 1, "tau": tau, "kept": len(kept)}
+        metrics |= {"alone_on_prompt": normalise.alone, "seconds": clock.stop()}
         metrics |= log.end_round(device)
         if len(kept):
             metrics["kl_to_base"] = kl_to_base(policy, rollout, measured, cfg.micro_batch)
-        if cfg.offload:
-            pipeline.move_others(reward, device)
+        pipeline.move_others(reward, device)
         state = {"fingerprint": fingerprint, "scaler": scaler.state_dict()}
         state |= {"history": normalise.history, "step_square": step_weights.square}
-        metrics |= {"alone_on_prompt": normalise.alone}
         end_round(run, cfg, pipeline, reward, lists, metrics, lora, optimizer, state)
 
+    # The same prompts and the same noise as before, so each picture is compared with itself
     after = draw_lists(run, pipeline, reward, judge, lists, cfg.eval_images, "after")
     if worker == 0:
-        finish(run, cfg, lora_state(policy.unet), lists, before, after, train_prompts)
+        finish(run, cfg, lora_state(policy.unet), lists, before, after, prompts)
     return folder
 
 

@@ -5,6 +5,8 @@ import difflib
 import re
 import sys
 
+from tqdm import tqdm
+
 
 class Stop(Exception):
     """The run can not go on; the message says why and what to do."""
@@ -27,6 +29,11 @@ def positive(text):
     if not 1 <= int(text) < 2**15:
         raise ValueError
     return int(text)
+
+
+def progress(items, name):
+    """A bar called `name` over the items; none where the output is no terminal."""
+    return tqdm(items, desc=name, leave=False, disable=None)
 
 
 class Parser(argparse.ArgumentParser):

