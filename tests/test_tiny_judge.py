@@ -8,13 +8,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from tiny import recognise as judging
-from tiny.bars import drawn, spoiled
-from tiny.recognise import CONTENT, HEADS, load_judge, prompt_answers, recognise
-from tiny.sprites import HOME, STYLES
-from tiny.world import parse, read_lists, right_scene
-
-LISTS = read_lists()
+from tiny.build.bars import drawn, spoiled
+from tiny.build.samplers import judge_targets
+from tiny.build.scenes import LISTS, encode, right_scene
+from tiny.judge import CONTENT, HEADS, load_judge, prompt_answers, recognise
+from tiny.world import HOME, STYLES, parse
 
 
 class Fake:
@@ -70,9 +68,11 @@ def test_mirrored_prompts_are_one_and_the_order_is_kept():
 
 def test_a_prompts_answers_are_those_of_its_right_scene():
     for prompt in [p for prompts in LISTS.values() for p in prompts[::5]]:
-        scene = right_scene(parse(prompt), "fluent", np.random.default_rng(0))
-        answers = judging.answers(scene.fact, scene.small, scene.tiny)
-        assert prompt_answers([prompt]).tolist() == [answers]
+        row = encode([right_scene(parse(prompt), "fluent", np.random.default_rng(0))])
+        target = judge_targets(row, torch.zeros(1, 2, dtype=torch.bool))
+        assert prompt_answers([prompt]).tolist() == target[:, :CONTENT].tolist()
+    words = [names[k] for names, k in zip(HEADS.values(), prompt_answers(["vase on table"])[0])]
+    assert words == ["vase", "table", "on", "on", "on"]
     assert prompt_answers(["a cat"])[0, 1:].tolist() == [0] * 4  # no other noun, no cue
 
 
