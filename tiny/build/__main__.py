@@ -1,8 +1,8 @@
 """Train every part of the tiny model, or hold it to its bars.
 
-    python -m tiny.build                             # all parts; what was cut off goes on
-    python -m tiny.build --part unet --steps 99000   # more steps than it had: it goes on
-    python -m tiny.build --check                   # the table of bars, and base.png
+    python -m tiny.build                            # all parts; what was cut off goes on
+    python -m tiny.build --part unet --steps 99000  # more steps than it had: it goes on
+    python -m tiny.build --check                    # the table of bars, and base.png
 
 ae      AutoencoderKL.
 clip    the reward, an open_clip model: it rises with every cue that is right.

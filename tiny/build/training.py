@@ -14,7 +14,7 @@ import torch
 
 from support.run_folder import aside
 
-
+# Each part's budget; --steps gives another
 STEPS = {"ae": 7000, "clip": 2000, "judge": 2500, "unet": 13500}
 MOMENTUM = 0.95  # Muon's
 # Matrices that touch pixels, words or classes get AdamW, as all vectors do
