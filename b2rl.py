@@ -34,6 +34,7 @@ from torch.nn.functional import logsigmoid
 
 from ddim_logprob import gaussian_kl, keyed_generator, log_prob
 from lora import lora_off
+from support.command import progress
 from support.processes import all_sum, share
 
 
@@ -273,7 +274,7 @@ class Rollout:
         size = max(1, size - size % 2)
         count = math.ceil(len(update) / size)
         length = min(size, 2 * math.ceil(len(update) / count / 2))
-        for t in range(self.tau, 0, -1):
+        for t in progress(range(self.tau, 0, -1), "training"):
             step = self.tau - t  # x[:, :, step] is x_t, and x_{t-1} follows it
             for part in torch.arange(len(update)).split(length):
                 p, k = row[part], update[part, 2]

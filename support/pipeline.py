@@ -48,10 +48,8 @@ def check_model_flags(args):
     """
     if not args.model:
         die("--model is empty")
-    if not 1 <= args.T <= 999:
-        die("--T must be from 1 to 999: the model knows 1000 timesteps, the first is 1")
-    if not (0 < args.eta <= 1 and 0 <= args.guidance < 1e6):
-        die("--eta must be above 0 and at most 1 (Eq. 1), --guidance 0 or more")
+    if not (1 <= args.T <= 999 and 0 < args.eta <= 1 and 0 <= args.guidance < 1e6):
+        die("--T goes from 1 to 999, --eta from above 0 to 1 (Eq. 1), --guidance from 0 on")
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -234,8 +232,6 @@ def load_pipeline(args, device):
     args: the flags of `add_model_flags` with T, eta, guidance, sample_batch,
     decode_batch, checkpointing and compile. Returns a `Pipeline`.
     """
-    from diffusers.models.attention_processor import AttnProcessor
-
     if args.threads:
         torch.set_num_threads(args.threads)
     if device.type == "cpu":
@@ -265,10 +261,6 @@ def load_pipeline(args, device):
         network.eval().requires_grad_(False)
     if args.compile:  # in place and at the first call, so LoRA is in it and keeps its names
         pipe.unet.compile()
-    if device.type == "cpu" and (args.compile or args.precision != "fp32"):
-        # On a CPU the backward pass of torch's fused attention takes more than twice the
-        # time in half precision, and the compiler makes faster code out of plain attention.
-        pipe.unet.set_attn_processor(AttnProcessor())
     shape = (unet.in_channels, height, width)
     pipeline = Pipeline(pipe, device, shape, args.decode_batch, tiny_folder(args.model))
     pipeline.offload = getattr(args, "offload", False)

@@ -206,11 +206,8 @@ def open_folder(cfg, mark, saved, worker):
         made_with["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     write_json(folder / "config.json", config | {"made_with": made_with})
     (folder / "grids").mkdir(exist_ok=True)
-    if header:
-        keep_metrics(folder, header["rounds_done"])
-    elif cfg.resume:
-        print(f"{folder} has no checkpoint yet: starting from its first round")
-        keep_metrics(folder, 0)
+    if cfg.resume:
+        keep_metrics(folder, header["rounds_done"] if header else 0)
     return folder
 
 
