@@ -214,8 +214,7 @@ def draw_lists(run, pipeline, reward, judge, lists, each, when):
     """`draw` every list of prompts, before or after; scores by list, as in <when>.json."""
     results = {}
     for name, prompts in lists.items():
-        count = each * len(prompts)
-        run.say(f"Drawing and scoring {count} pictures of the list {name}, {when} training ...")
+        run.say(f"Drawing {each * len(prompts)} pictures of the list {name}, {when} training ...")
         results[name] = draw(run, pipeline, reward, judge, prompts, each, f"{when}-{name}")
     if run.worker == 0:
         write_json(run.folder / f"{when}.json", results)

@@ -252,12 +252,14 @@ def own_reward(name):
     reward = getattr(guarded(name, import_file, path), function, None)
     if not callable(reward):
         die(f"reward {name}: {path} has no function {function}")
-    return reward if required_arguments(reward) else guarded(name, reward)
+    if inspect.isclass(reward) or not inspect.signature(reward).parameters:
+        return guarded(name, reward)
+    return reward
 
 
 def required_arguments(function):
-    """How many arguments a function must be given by position."""
-    parameters = inspect.signature(function).parameters.values()
+    """How many arguments a function, or a module's forward, must be given by position."""
+    parameters = inspect.signature(getattr(function, "forward", function)).parameters.values()
     return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
