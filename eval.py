@@ -299,8 +299,7 @@ def load(args, known):
     rewards = {name: load_reward(name, pipeline.tiny, device, dtype) for name in names}
     clip = None
     if "is" in args.metrics:
-        clip = rewards.get("clip") or load_reward("clip", pipeline.tiny, device, dtype)
-        clip = clip.model
+        clip = load_reward("clip", pipeline.tiny, device, dtype).model
     return pipeline, rewards, clip, find_judge(pipeline, known)
 
 
@@ -328,8 +327,7 @@ def run(args):
     prompts = args.prompt or (unseen if args.split == "unseen" else train)
     if not prompts:
         die(f"{args.prompts} has no [{args.split}] list")
-    models = [] if args.no_base else ["base"]
-    models += args.lora
+    models = args.lora if args.no_base else ["base", *args.lora]
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     pipeline, rewards, clip, judge = load(args, prompts)
@@ -342,13 +340,14 @@ def run(args):
     print_table(results)
     print(f"\n+- is the standard error over {args.images * len(prompts)} pictures a model.")
     write_json(folder / "scores.json", {"settings": vars(args), "results": results})
-    if args.prompt:  # for each prompt a row a model, a column a noise
+    if args.prompt:
         grid = [row[:, p] for p in range(len(prompts)) for row in rows]
-    else:  # a row a model, a column a prompt and its noise, from all over the list
+        print("Pictures: for each prompt a row a model, a column a noise.")
+    else:
         grid = [row[0, :: max(1, len(prompts) // COLUMNS)][:COLUMNS] for row in rows]
+        print("Pictures: a row a model, a column a prompt with its noise, from all over the list.")
     save_grid(folder / "grid.png", torch.cat(grid), len(grid[0]))
-    order = "for each prompt " if len(prompts) > 1 and args.prompt else ""
-    print(f"Pictures, {order}a row a model, the same noise a column: {folder}/grid.png")
+    print(f"{folder}/grid.png")
 
 
 def guarded(run, args):
