@@ -1,16 +1,22 @@
-"""BPT, BS and the losses: against numpy, brute force, autograd and finite differences."""
+"""BPT, BS, calls and losses: against numpy, brute force, autograd and finite differences."""
 
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_small, randomise_lora
+from torch.distributions import Normal, kl_divergence
 
-from b2rl import RewardNormaliser, RoundLog, StepWeights, ddpo_loss, dpo_loss, dpo_pairs
-from b2rl import dpok_loss, micro_batches, pg_loss, select_all, select_pairs, split_updates
-from b2rl import tau_schedule, training_interval
+from b2rl import RewardNormaliser, Rollout, StepWeights, ddpo_loss, dpo_loss, dpo_pairs
+from b2rl import dpok_loss, draw_roots, kl_to_base, pg_loss, select_all, select_pairs
+from b2rl import split_updates, step_energy, tau_schedule
+from lora import inject_lora
+
+CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------- tau
 
@@ -47,42 +53,47 @@ def test_tau_refuses(i, rounds, tau0):
         tau_schedule(i, rounds, 20, tau0)
 
 
-def test_training_interval():
-    """Backward: the last tau steps, x_tau -> x_0. Forward: the first tau, x_T -> x_{T - tau}."""
-    assert training_interval(14) == (14, 0)
-    assert training_interval(14, 20, "forward") == (20, 6)
-    for tau in (1, 5, 20):
-        for direction in ("backward", "forward"):
-            start, stop = training_interval(tau, 20, direction)
-            assert start - stop == tau and 0 <= stop < start <= 20
-
-
 # ---------------------------------------------------------------- weights of the steps
 
 
-def test_step_weights_of_the_schedule():
-    """The inverse of each step's factor, from x_start on; their mean is 1."""
-    factor = torch.tensor([9.0, 1.0, 4.0, 2.0, 0.5])
-    assert StepWeights("uniform", factor)(4, 1).tolist() == [1, 1, 1]
-    weights = StepWeights("schedule", factor)
-    assert weights(4, 1).tolist() == pytest.approx([2 * 12 / 11, 0.5 * 12 / 11, 0.25 * 12 / 11])
-    assert weights(2, 0).tolist() == pytest.approx([0.4, 1.6])
-    assert weights(4, 1).dtype == torch.float32
+def test_uniform_weights_are_one_whatever_was_measured():
+    """By t: entry 0 belongs to no step."""
+    weights = StepWeights("uniform")
+    weights.measure(torch.tensor([1.0, 4.0, 9.0]))
+    assert weights(3).tolist() == [0, 1, 1, 1] and weights(1).tolist() == [0, 1]
+    assert weights(3).dtype == torch.float32
 
 
-def test_step_weights_by_the_root_mean_square():
+def test_rms_weights_by_t():
+    """measure takes t = tau..1, the weights stand at t: 1 / rms, with mean 1 over t = 1..tau."""
+    weights = StepWeights("rms")
+    assert weights(2).tolist() == [0, 1, 1], "nothing is measured yet"
+    weights.measure(torch.tensor([4.0, 16.0]))  # t = 2, t = 1
+    assert weights.square == {"2": 4.0, "1": 16.0}
+    assert weights(2).tolist() == pytest.approx([0, 2 / 3, 4 / 3])
+    assert weights(1).tolist() == pytest.approx([0, 1])
+    assert weights(2).dtype == torch.float32
+
+
+def test_rms_weights_run_over_the_rounds():
     """A running mean of the squares, a fifth the newest; through JSON, as the checkpoint does."""
-    weights = StepWeights("rms", torch.ones(5))
-    assert weights(3, 1).tolist() == [1, 1], "nothing is measured yet"
-    weights.measure(3, torch.tensor([4.0, 16.0]))
-    assert weights.square == {"3": 4.0, "2": 16.0}
-    assert weights(3, 1).tolist() == pytest.approx([4 / 3, 2 / 3])
-    resumed = StepWeights("rms", torch.ones(5))
+    weights = StepWeights("rms")
+    weights.measure(torch.tensor([4.0, 16.0]))
+    resumed = StepWeights("rms")
     resumed.square = json.loads(json.dumps(weights.square))
-    resumed.measure(4, torch.tensor([25.0, 9.0, 16.0]))
-    assert resumed.square == pytest.approx({"4": 25.0, "3": 5.0, "2": 16.0})
-    want = torch.tensor([25.0, 5.0, 16.0]).rsqrt()
-    torch.testing.assert_close(resumed(4, 1), want / want.mean())
+    resumed.measure(torch.tensor([25.0, 9.0, 1.0]))  # tau has grown to 3
+    assert resumed.square == pytest.approx({"3": 25.0, "2": 5.0, "1": 13.0})
+    want = torch.tensor([13.0, 5.0, 25.0]).rsqrt()
+    torch.testing.assert_close(resumed(3), torch.cat([torch.zeros(1), want / want.mean()]))
+    for tau in (1, 2, 3, 7):
+        assert resumed(tau).shape == (tau + 1,) and resumed(tau)[0] == 0
+        assert resumed(tau)[1:].mean().item() == pytest.approx(1, rel=1e-6)
+
+
+def test_a_step_without_gradient_does_not_make_the_weights_infinite():
+    weights = StepWeights("rms")
+    weights.measure(torch.tensor([0.0, 4.0]))
+    assert weights(2).tolist() == pytest.approx([0, 2 / 3, 4 / 3]), "it counts as 1"
 
 
 # ---------------------------------------------------------------- rewards
@@ -133,19 +144,33 @@ def test_normaliser_at_the_minimum_count():
     assert common[0].tolist() == pytest.approx([-1 / 5.2**0.5, 0, 4 / 5.2**0.5])
 
 
-def test_normaliser_tells_which_scores_are_alone():
-    """A prompt's only score is lone, also if the minimum count lends it the round's statistics."""
-    for min_count in (0, 16):
-        normalise = RewardNormaliser(window=1, min_count=min_count)
-        r_hat = normalise(0, ["a", "b", "b", "c"], torch.tensor([[1.0], [2.0], [3.0], [7.0]]))
-        assert normalise.lone == 2
-        assert r_hat[[0, 3]].eq(0).all() == (min_count == 0)
-        normalise(1, ["a", "d"], torch.tensor([[1.0], [2.0]]))
-        assert normalise.lone == 1, "a was seen the round before"
-        normalise(3, ["a", "a"], torch.tensor([[1.0], [2.0]]))
-        assert normalise.lone == 0
-        normalise(9, ["a"], torch.tensor([[1.0]]))
-        assert normalise.lone == 1, "what left the window does not count"
+@pytest.mark.parametrize("K", [1, 3])
+def test_normaliser_counts_the_scores_that_met_their_own_root_only(K):
+    """Scores, not roots; what left the window does not count, a second root of the prompt does."""
+    normalise = RewardNormaliser(window=1)
+    rounds = [(0, "abbc", 2), (1, "ad", 1), (3, "aa", 0), (9, "a", 1), (10, "a", 0)]
+    for i, prompts, roots in rounds:
+        normalise(i, list(prompts), torch.rand(len(prompts), K))
+        assert normalise.alone == roots * K
+
+
+def test_below_the_minimum_count_no_score_is_alone():
+    """The round's statistics stand in; a prompt with enough scores in one root is alone."""
+    scores = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    for min_count, alone in ((0, 6), (3, 6), (4, 0), (16, 0)):
+        normalise = RewardNormaliser(min_count=min_count)
+        r_hat = normalise(0, ["a", "b"], scores)
+        assert normalise.alone == alone
+        assert abs(r_hat[1].mean()) < 1e-6 or min_count > 3
+
+
+def test_equal_scores_below_the_minimum_count_get_the_rounds_statistics():
+    """A prompt that always fails is below the round's mean, and is trained on as such."""
+    scores = torch.tensor([[0.0, 0.0], [1.0, 3.0]])
+    assert RewardNormaliser()(0, ["a", "b"], scores)[0].eq(0).all()
+    r_hat = RewardNormaliser(min_count=16)(0, ["a", "b"], scores)
+    std = np.std([0, 0, 1, 3], ddof=1)
+    assert r_hat.flatten().tolist() == pytest.approx([-1 / std, -1 / std, 0, 2 / std])
 
 
 def test_normaliser_keeps_no_more_than_its_window():
@@ -190,11 +215,13 @@ def rounded_scores(P, K, seed):
 @pytest.mark.parametrize("threshold", [0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("K", [2, 3, 5])
 def test_pairs_against_brute_force(K, threshold):
-    """Eq. 5, root by root; the best at >= threshold, the worst at < -threshold."""
+    """Eq. 5, root by root; the best at >= threshold, the worst at < -threshold; unless all tie."""
     for seed in range(20):
         r_hat = rounded_scores(6, K, seed)
         want = []
         for p, row in enumerate(r_hat.tolist()):
+            if max(row) == min(row):
+                continue
             if max(row) > 0 and max(row) >= threshold:
                 want.append([p, p, max(row)])
             if min(row) < 0 and min(row) < -threshold:
@@ -208,9 +235,20 @@ def test_pairs_by_hand():
     r_hat = torch.tensor([[0.5, -0.5, 0.1], [0.1, -0.6, 0.3], [0.9, 0.7, 1.2], [0.2, 2.0, -2.0]])
     assert select_pairs(r_hat).tolist() == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 1], [3, 3, 2]]
     assert select_pairs(torch.zeros(4, 2), 0).shape == (0, 3), "r_hat 0 teaches nothing"
-    assert select_pairs(torch.full((1, 3), 0.7)).shape == (1, 3), "equal branches: never twice"
     with pytest.raises(AssertionError, match="K >= 2"):
         select_pairs(torch.zeros(4, 1))
+
+
+@pytest.mark.parametrize("r", [0.7, -0.7, 5.0, 0.0])
+def test_a_root_whose_branches_score_alike_keeps_nothing(r):
+    """It has no best; nearly alike is enough, and other roots go on."""
+    alike = torch.full((1, 3), r)
+    assert select_pairs(alike, 0).shape == (0, 3)
+    nearly = alike + torch.tensor([0.0, 0.0, 1e-3])
+    other = torch.tensor([[0.0, 2.0, -2.0]])
+    kept = select_pairs(torch.cat([alike, other, nearly]), 0.5).tolist()
+    assert kept[:2] == [[1, 1, 1], [1, 1, 2]]
+    assert kept[2:] == {0.7: [[2, 2, 2]], 5.0: [[2, 2, 2]], -0.7: [[2, 2, 0]], 0.0: []}[r]
 
 
 def test_select_all():
@@ -226,6 +264,15 @@ def test_dpo_pairs_are_the_whole_pairs_of_branches():
     assert dpo_pairs(kept, r_hat, names).tolist() == want
     for none in (kept[:1], kept[:0]):
         assert dpo_pairs(none, r_hat, names).shape == (0, 3)
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_dpo_pairs_refuses_a_group_of_more_than_two(where):
+    """Two best and two worst of a root are no pair: nothing is dropped silently."""
+    pair, more = [[1, 1, 0], [1, 1, 2]], [[2, 2, k] for k in range(3 + where)]
+    kept = torch.tensor(pair + more if where else more + pair)
+    with pytest.raises(AssertionError, match="more than two"):
+        dpo_pairs(kept, torch.zeros(3, 5), ["a"] * 3)
 
 
 @pytest.mark.parametrize("threshold", [0, 0.5])
@@ -251,7 +298,7 @@ def test_dpo_pairs_without_branches_against_brute_force(threshold):
     assert dpo_pairs(select_all(alone), alone, ["a", "b"]).shape == (0, 3)
 
 
-# ---------------------------------------------------------------- updates and micro-batches
+# ---------------------------------------------------------------- updates
 
 
 def random_kept(seed, P=40, K=4):
@@ -285,43 +332,224 @@ def test_updates_are_shuffled_by_their_generator():
     assert split_updates(kept[:0], 8, torch.Generator()) == []
 
 
+# ---------------------------------------------------------------- roots
+
+
+def roots_of(i=0, worker=0, workers=1, names="abcde", **more):
+    cfg = dict(queries=120, branches=3, seed=0, algo="ddpo", no_bs=False) | more
+    return draw_roots(list(names), SimpleNamespace(**cfg), i, worker, workers)
+
+
+def test_roots_are_drawn_with_replacement_by_seed_and_round():
+    roots = roots_of()
+    assert len(roots.prompts) == 40 and set(roots.prompts) == set("abcde")
+    assert roots.own.tolist() == list(range(40)) and roots.own_prompts == roots.prompts
+    assert roots_of().prompts == roots.prompts, "the same again, as a resumed run needs"
+    assert roots_of(worker=1, workers=3).prompts == roots.prompts, "every process knows all"
+    for other in (roots_of(1), roots_of(seed=1)):
+        assert other.prompts != roots.prompts
+    drawn = Counter(roots_of(queries=3 * 5000).prompts)
+    assert all(abs(count - 1000) < 150 for count in drawn.values()), "5 sigma: each as likely"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("algo, no_bs", [("ddpo", False), ("dpo", False), ("dpo", True)])
+def test_every_root_has_one_process(workers, algo, no_bs):
+    """With its own key and prompt; of DPO without branches all roots of a prompt have the same."""
+    shares = [roots_of(4, w, workers, algo=algo, no_bs=no_bs, seed=7) for w in range(workers)]
+    assert sorted(torch.cat([s.own for s in shares]).tolist()) == list(range(40))
+    for share in shares:
+        assert share.own.dtype == torch.long and share.own.tolist() == sorted(share.own.tolist())
+        assert share.own_prompts == [share.prompts[p] for p in share.own.tolist()]
+        assert share.keys("x_T") == [(7, 4, p, "x_T") for p in share.own.tolist()]
+        want = [[(7, 4, p, k) for k in range(2)] for p in share.own.tolist()]
+        assert share.branch_keys(2) == want
+    homes = [set(share.own_prompts) for share in shares]
+    if (algo, no_bs) == ("dpo", True):
+        assert sum(map(len, homes)) == 5, "no prompt in two processes"
+    else:
+        sizes = [len(share.own) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+
+
+# ---------------------------------------------------------------- what a UNet call in training gets
+
+
+def rollout_of(own, K=3, tau=5, names=None):
+    """Each state holds 1000 root + 100 branch + t, each log p the same and a half."""
+    own = torch.tensor(own, dtype=torch.long)
+    root, branch = own.view(-1, 1, 1), torch.arange(K).view(1, -1, 1)
+    number = 1000.0 * root + 100 * branch + torch.arange(tau, -1, -1)
+    x = number[..., None, None, None].expand(-1, -1, -1, 4, 2, 2).clone()
+    names = names or [f"prompt {p}" for p in own.tolist()]
+    return Rollout(x, number[:, :, :-1] + 0.5, names, own, CPU)
+
+
+UPDATES = {
+    "random": random_kept(0),
+    "pairs": torch.tensor([[0, 7, 2], [0, 7, 0], [3, 2, 1], [3, 2, 0], [5, 5, 1], [5, 5, 2]]),
+    "pairs of two roots": torch.tensor([[0, 7, 0], [0, 4, 0], [1, 2, 0], [1, 9, 0]]),
+    "all": select_all(torch.ones(5, 2)),
+    "one": torch.tensor([[3, 3, 1]]),
+}
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 64, 1000])
-def test_micro_batches_cover_each_trajectory_and_step_once(size):
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES.keys())
+def test_batches_cover_each_trajectory_and_step_once(update, size):
     """Calls of one step, as few as memory allows, about equal; two rows a pair, never apart."""
-    pairs = torch.tensor([[0, 7, 2], [0, 7, 0], [3, 2, 1], [3, 2, 0], [5, 5, 1], [5, 5, 2]])
-    two_roots = torch.tensor([[0, 7, 0], [0, 4, 0], [1, 2, 0], [1, 9, 0]])  # DPO without branches
-    for update in (random_kept(0), pairs, two_roots, select_all(torch.ones(5, 2))):
-        own = update[:, 1].unique()
-        calls, rows = list(micro_batches(update, own, 5, size)), []
-        for p, k, s in calls:
-            assert len(p) == len(k) <= size and 0 <= s < 5
-            rows += [(root, branch, s) for root, branch in zip(own[p].tolist(), k.tolist())]
-        want = [(p, k, s) for s in range(5) for _, p, k in update.tolist()]
-        assert rows == want, "step by step from x_start on, in the order of the update"
-        even = max(1, size - size % 2)
-        assert len(calls) == 5 * -(-len(update) // even), "as few as memory allows"
-        lengths = [len(p) for p, _, s in calls if s == 0]
-        assert len(set(lengths[:-1])) <= 1 and lengths[-1] <= lengths[0], "about equally long"
-        if size > 1 and len(update) % 2 == 0:
-            assert all(length % 2 == 0 for length in lengths), "no pair is cut"
+    rollout = rollout_of(update[:, 1].unique().tolist(), K=4)
+    calls, rows = list(rollout.batches(update, size)), []
+    for batch in calls:
+        code = 1000 * batch.root + 100 * batch.branch + batch.t
+        assert batch.x_t.shape == (len(code), 4, 2, 2) and len(code) <= size
+        assert batch.x_t[:, 3, 1, 1].tolist() == code.tolist()
+        assert batch.x_prev[:, 3, 1, 1].tolist() == (code - 1).tolist(), "the state after x_t"
+        assert batch.log_p_old.tolist() == (code + 0.5).tolist(), "of the step x_t -> x_{t-1}"
+        assert batch.prompts == [f"prompt {p}" for p in batch.root.tolist()]
+        pairs = zip(batch.root.tolist(), batch.branch.tolist())
+        rows += [(batch.t, root, branch) for root, branch in pairs]
+    want = [(t, p, k) for t in range(5, 0, -1) for _, p, k in update.tolist()]
+    assert rows == want, "from tau to 1, in the order of the update"
+    even = max(1, size - size % 2)
+    assert len(calls) == 5 * -(-len(update) // even), "as few as memory allows"
+    lengths = [len(batch.root) for batch in calls if batch.t == 1]
+    assert len(set(lengths[:-1])) <= 1 and lengths[-1] <= lengths[0], "about equally long"
+    if size > 1:
+        assert all(length % 2 == 0 for length in lengths[:-1]), "no pair is cut"
 
 
-def test_micro_batches_are_about_equally_long():
+def test_batches_are_about_equally_long():
     """24 rows in calls of at most 20: 12 and 12, since a short UNet call costs more a row."""
-    update, own = select_all(torch.ones(24, 1)), torch.arange(24)
-    assert [len(p) for p, _, _ in micro_batches(update, own, 1, 20)] == [12, 12]
-    assert [len(p) for p, _, _ in micro_batches(update, own, 1, 24)] == [24]
+    update, rollout = select_all(torch.ones(24, 1)), rollout_of(list(range(24)), tau=1)
+    assert [len(batch.root) for batch in rollout.batches(update, 20)] == [12, 12]
+    assert [len(batch.root) for batch in rollout.batches(update, 24)] == [24]
 
 
-def test_micro_batches_of_a_process_that_owns_some_roots():
-    """Positions are those among its own roots; the rest belongs to other processes."""
+def test_batches_of_a_process_that_owns_some_roots():
+    """Root numbers are the round's; the rest of the update belongs to other processes."""
     update = torch.tensor([[6, 6, 2], [6, 6, 0], [1, 1, 1], [3, 3, 0], [3, 3, 2]])
-    own = torch.tensor([0, 3, 6, 9])
-    ((p, k, s),) = micro_batches(update, own, 1, 8)
-    assert p.tolist() == [2, 2, 1, 1] and k.tolist() == [2, 0, 0, 2] and s == 0
-    for none in (torch.tensor([0, 2]), torch.zeros(0, dtype=torch.long)):
-        assert list(micro_batches(update, none, 3, 8)) == []
-    assert list(micro_batches(update[:0], own, 3, 8)) == []
+    (batch,) = rollout_of([0, 3, 6, 9], tau=1).batches(update, 8)
+    assert batch.root.tolist() == [6, 6, 3, 3] and batch.branch.tolist() == [2, 0, 0, 2]
+    assert batch.x_t[:, 0, 0, 0].tolist() == [6201, 6001, 3001, 3201]
+    assert batch.prompts == ["prompt 6", "prompt 6", "prompt 3", "prompt 3"]
+    for none in ([0, 2], []):
+        assert list(rollout_of(none).batches(update, 8)) == []
+    assert list(rollout_of([0, 3]).batches(update[:0], 8)) == []
+    assert rollout_of([0], tau=5).tau == 5
+
+
+# ---------------------------------------------------------------- the gradient of a step, the KL
+
+
+class LinearPolicy:
+    """mu = w_prompt x_t, sigma = t / 10: one weight a prompt, so their gradients do not meet."""
+
+    device, latent_shape = CPU, (4, 2, 2)
+
+    def __init__(self, names):
+        self.row = {name: j for j, name in enumerate(names)}
+        self.w = torch.linspace(0.5, 1.5, len(names)).requires_grad_()
+
+    def __call__(self, x_t, t, prompts):
+        w = self.w[[self.row[name] for name in prompts]]
+        return w[:, None, None, None] * x_t, torch.tensor(t / 10)
+
+    def gradient(self, x_t, x_prev, t, prompt):
+        """d log p / d w of one trajectory: the mean over D of (x - mu) x_t / sigma^2."""
+        w = self.w[self.row[prompt]].item()
+        return ((x_prev - w * x_t) * x_t).mean().item() / (t / 10) ** 2
+
+
+def random_rollout(Q, K, tau, names):
+    """Random states and numbers in place of log p; seeded, though no test knows the values."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(Q, K, tau + 1, 4, 2, 2, generator=g)
+    return Rollout(x, torch.zeros(Q, K, tau), names, torch.arange(Q), CPU)
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_step_energy_of_trajectories_whose_gradients_do_not_meet(size):
+    """The mean over trajectories of |grad log p_t|^2, by t = tau..1, whatever the signs."""
+    names, tau = ["a", "b", "c", "d"], 3
+    policy, rollout = LinearPolicy(names), random_rollout(4, 2, tau, names)
+    probe = torch.tensor([[0, 0, 1], [2, 2, 0], [3, 3, 1]])
+    g = torch.Generator().manual_seed(5)
+    energy = step_energy(policy, rollout, probe, size, {"w": policy.w}, g)
+    want = []
+    for t in range(tau, 0, -1):
+        states = [(rollout.x[p, k, tau - t], rollout.x[p, k, tau - t + 1]) for _, p, k in probe]
+        slopes = [policy.gradient(*s, t, names[p]) for s, p in zip(states, (0, 2, 3))]
+        want.append(sum(slope**2 for slope in slopes) / 3)
+    assert energy.shape == (tau,)
+    assert (energy / 2**20).tolist() == pytest.approx(want, rel=1e-4)
+    assert policy.w.grad is None, "it trains nothing"
+
+
+@pytest.mark.parametrize("size", [2, 64])
+def test_step_energy_has_a_sign_for_each_trajectory_and_step(size):
+    """Four branches with one and the same gradient g: (sum of signs)^2 g^2 / 4, so 0, 1 or 4 g^2.
+
+    Over many draws its mean is g^2; without signs it would be 4 g^2 always, with a sign a
+    batch alone 2 g^2 or 4 g^2.
+    """
+    policy, rollout = LinearPolicy(["a"]), random_rollout(1, 1, 2, ["a"])
+    rollout.x = rollout.x.repeat(1, 4, 1, 1, 1, 1)
+    rollout.log_p_old = rollout.log_p_old.repeat(1, 4, 1)
+    probe = torch.tensor([[0, 0, k] for k in range(4)])
+    slopes = [policy.gradient(*rollout.x[0, 0, 2 - t : 4 - t], t, "a") for t in (2, 1)]
+    unit = torch.tensor([slope**2 for slope in slopes]) * 2**20
+    lora, draws = {"w": policy.w}, 150
+    found = [
+        step_energy(policy, rollout, probe, size, lora, torch.Generator().manual_seed(seed)) / unit
+        for seed in range(draws)
+    ]
+    found = torch.stack(found)
+    assert {round(v, 2) for v in found.flatten().tolist()} == {0.0, 1.0, 4.0}
+    # the variance of (s1 + s2 + s3 + s4)^2 / 4 is 1.5
+    assert (found.mean(0) - 1).abs().max() < 5 * (1.5 / draws) ** 0.5
+    assert not torch.equal(found[:, 0], found[:, 1]), "another sign at another step"
+
+
+@pytest.fixture(scope="module")
+def walked():
+    """A small policy with LoRA weights that are not zero, the same without, and what it walked."""
+    small, base = make_small(T=3), make_small(T=3)
+    lora = inject_lora(small.policy.unet)
+    randomise_lora(small.policy.unet, 0.05)
+    names, keys = ["a cat", "a dog"], [[(p, k) for k in range(2)] for p in range(2)]
+    x = small.policy.noise([("x", p) for p in range(2)])
+    x, log_p = small.policy.branch(x, 3, 0, names, keys)
+    return small.policy, base.policy, lora, Rollout(x, log_p, names, torch.arange(2), CPU)
+
+
+def test_step_energy_of_a_unet(walked):
+    """One trajectory: its own gradient squared, by torch.distributions, over all of LoRA."""
+    policy, _, lora, rollout = walked
+    probe = torch.tensor([[1, 1, 0]])
+    energy = step_energy(policy, rollout, probe, 4, lora, torch.Generator().manual_seed(0))
+    for s, t in enumerate((3, 2, 1)):
+        mu, sigma = policy(rollout.x[1, 0, s][None], t, ["a dog"])
+        log_p = Normal(mu, sigma).log_prob(rollout.x[1, 0, s + 1]).mean()
+        gradient = torch.autograd.grad(log_p, list(lora.values()))
+        want = sum(v.double().square().sum().item() for v in gradient)
+        assert energy[s].item() / 2**20 == pytest.approx(want, rel=1e-3) and want > 0
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_kl_to_base_is_torchs(walked, size):
+    """Summed over D, in nats; the mean over steps and trajectories; against a UNet without LoRA."""
+    policy, base, _, rollout = walked
+    probe = torch.tensor([[0, 0, 1], [1, 1, 0], [1, 1, 1]])
+    kls = []
+    for _, p, k in probe.tolist():
+        for s, t in enumerate((3, 2, 1)):
+            x_t, names = rollout.x[p, k, s][None], rollout.prompts[p : p + 1]
+            with torch.no_grad():
+                ours, theirs = (Normal(*one(x_t, t, names)) for one in (policy, base))
+            kls.append(kl_divergence(ours, theirs).double().sum().item())
+    got = kl_to_base(policy, rollout, probe, size)
+    assert isinstance(got, float) and got == pytest.approx(np.mean(kls), rel=1e-3) and got > 0
 
 
 # ---------------------------------------------------------------- losses
@@ -392,15 +620,14 @@ def test_dpok(rho, r):
     r_hat = torch.tensor([r], dtype=torch.float64)
     value, slope = clipped(rho, r)
 
-    def loss(p, alpha=2.0, beta=0.3):
-        return dpok_loss(p, log_p_old, r_hat, p**2, E, alpha=alpha, beta=beta)
+    def loss(p, *betas):
+        return dpok_loss(ddpo_loss(p, log_p_old, r_hat, E), p**2, *betas)
 
     p = log_p.item()
-    assert loss(log_p).item() == pytest.approx(2 * value + 0.3 * p**2)
-    check_gradient(loss, log_p, 2 * slope + 0.3 * 2 * p)
-    assert loss(log_p, 1.0, 0.0).item() == ddpo_loss(log_p, log_p_old, r_hat, E).item()
-    plain = dpok_loss(log_p, log_p_old, r_hat, log_p**2, E)  # its defaults: alpha 1, beta 0.01
-    assert plain.item() == pytest.approx(value + 0.01 * p**2)
+    assert loss(log_p, 0.3, 2.0).item() == pytest.approx(2 * value + 0.3 * p**2)
+    check_gradient(lambda p: loss(p, 0.3, 2.0), log_p, 2 * slope + 0.3 * 2 * p)
+    assert loss(log_p, 0.0).item() == ddpo_loss(log_p, log_p_old, r_hat, E).item()
+    assert loss(log_p).item() == pytest.approx(value + 0.01 * p**2), "beta 0.01, alpha 1"
 
 
 @pytest.mark.parametrize("beta", [0.1, 25.6])
@@ -433,78 +660,3 @@ def test_dpo_limits():
     assert sure[0].tolist() == pytest.approx([0, 0], abs=1e-6)
     lost = dpo_loss(torch.tensor([-50.0, 50.0]), torch.zeros(2), 9)
     assert lost[0].tolist() == pytest.approx([900.0, 900.0])  # no overflow
-
-
-# ---------------------------------------------------------------- the log of a round
-
-
-def log_of(updates, h=None):
-    """A RoundLog of updates, each a list of micro-batches of log ratios, and their norms."""
-    log, in_a_row = RoundLog(), 0
-    for batches, norm in updates:
-        for ratios in batches:
-            old = torch.full((len(ratios),), -1.5)
-            loss = torch.tensor(0.25, requires_grad=True)
-            log.add((old + torch.tensor(ratios)).requires_grad_(), old, loss, h)
-        in_a_row = log.end_update(torch.tensor(norm), len(batches) * 2, in_a_row)
-    return log, in_a_row
-
-
-def identity(values):
-    return values
-
-
-def test_round_log_by_hand():
-    """Of the first update mean ratio and largest log ratio; of all clip fraction, loss, norm, h."""
-    first, second = [[0.0, 0.0], [0.0, 0.5]], [[0.1, -0.3], [0.05, -0.75]]
-    log, in_a_row = log_of([(first, 3.0), (second, 5.0)], torch.tensor([4.0, -2.0]))
-    got = log.metrics(0.2, identity)
-    assert in_a_row == 0
-    assert (got["updates"], got["skipped_updates"]) == (2, 0)
-    assert got["trajectories_per_update"] == [4, 4]
-    assert got["first_ratio"] == pytest.approx((3 + math.exp(0.5)) / 4)
-    assert got["first_max_log_ratio"] == pytest.approx(0.5)
-    outside = [abs(math.exp(v) - 1) > 0.2 for v in (0, 0, 0, 0.5, 0.1, -0.3, 0.05, -0.75)]
-    assert got["clip_fraction"] == sum(outside) / 8 == 3 / 8
-    assert got["mean_abs_h"] == 3.0
-    assert got["loss"] == pytest.approx(4 * 0.25 / 2), "the mean over updates of their sums"
-    assert got["grad_norm"] == 4.0
-    assert json.loads(json.dumps(got)) == got
-
-
-@pytest.mark.parametrize("by", [0.5, -0.25])
-def test_the_largest_log_ratio_has_no_sign(by):
-    log, _ = log_of([([[0.0, by, 0.1]], 1.0), ([[9.0]], 1.0)])
-    assert log.metrics(0.1, identity)["first_max_log_ratio"] == pytest.approx(abs(by))
-
-
-def test_round_log_counts_what_is_skipped_in_a_row():
-    batches = [[0.0]]
-    log, in_a_row = log_of([(batches, v) for v in (1.0, math.nan, math.inf)])
-    assert in_a_row == 2
-    assert log.end_update(torch.tensor(math.nan), 1, in_a_row) == 3, "also those of earlier rounds"
-    assert log.end_update(torch.tensor(2.0), 1, 3) == 0
-    got = log.metrics(0.1, identity)
-    assert (got["updates"], got["skipped_updates"]) == (2, 3)
-    assert math.isnan(got["grad_norm"])
-
-
-def test_round_log_without_updates():
-    want = {"updates": 0, "skipped_updates": 0, "trajectories_per_update": []}
-    assert RoundLog().metrics(0.1, identity) == want
-
-
-def test_round_log_of_a_process_without_a_share():
-    """One that owned nothing of the first update does not take the second one's ratios for it."""
-    log, _ = log_of([([], 1.0), ([[0.7]], 1.0)])
-    asked = []
-
-    def gather(values):  # the other process had these
-        asked.append(len(values))
-        return torch.cat([values, torch.zeros(2)])
-
-    got = log.metrics(0.1, gather)
-    assert asked == [0, 1, 0, 1] and got["first_max_log_ratio"] == 0.0
-    assert got["clip_fraction"] == pytest.approx(1 / 3) and got["mean_abs_h"] == 0.0
-    alone, _ = log_of([([[0.0]], 1.0)])
-    assert alone.metrics(0.1, identity)["mean_abs_h"] == 0.0, "no h but in DPO"
