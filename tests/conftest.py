@@ -166,12 +166,17 @@ def metrics(folder):
 
 
 def contents(folder):
-    """The bytes of every file of a run by name; of metrics.jsonl lines without seconds."""
+    """The bytes of every file of a run by name; of metrics.jsonl lines without seconds.
+
+    Of config.json the settings, without the id that only this run has.
+    """
     files = {p.relative_to(folder): p for p in Path(folder).rglob("*") if p.is_file()}
     found = {str(name): path.read_bytes() for name, path in files.items()}
     found["metrics.jsonl"] = metrics(folder)
     for line in found["metrics.jsonl"]:
         line.pop("seconds")
+    found["config.json"] = json.loads(found["config.json"])
+    found["config.json"].pop("wandb_id")
     return found
 
 

@@ -29,7 +29,7 @@ def test_killed_again_and_again(tmp_path, random_folder, request, start):
     flags = ["--T", 3, "--tau0", 2, "--rounds", rounds, "--threads", 1, "--threshold", 0.1]
     flags += ["--grid-every", 2, "--save-every", 3, "--queries", 6]
     flags = run_flags(random_folder, write_prompts(tmp_path), *flags)
-    straight = tmp_path / "straight"
+    straight = tmp_path / "straight/run"
 
     def go_on(run, code=""):
         begun = (run / "config.json").exists()
@@ -47,9 +47,9 @@ def test_killed_again_and_again(tmp_path, random_folder, request, start):
     assert len(metrics(straight)) == rounds and sum(x["updates"] for x in metrics(straight)) > 4
     moment, reached, finished = random.Random(0), [], 0
     while len(reached) < kills:  # a run that got to its end in spite of them makes way for another
-        run = tmp_path / f"killed{finished}"
+        run = tmp_path / f"killed{finished}/run"
         if len(reached) % 5 == 0:
-            write = str(moment.randint(1, 20))
+            write = str(moment.randint(2, 20))
             _, wait = go_on(run, KILLED_IN_A_WRITE.replace("NUMBER", write))
         else:  # uniform over the time of a run of two thirds: while it loads, too
             process, wait = go_on(run)
@@ -64,6 +64,6 @@ def test_killed_again_and_again(tmp_path, random_folder, request, start):
             assert status == 0, start.errors.read_text()[-2000:]
             assert_same_run(run, straight)
             finished += 1
-    finish(run := tmp_path / f"killed{finished}")
+    finish(run := tmp_path / f"killed{finished}/run")
     assert_same_run(run, straight)
     print(f"killed {len(reached)} times, after rounds {reached} of {rounds}; {finished + 1} runs")
