@@ -5,9 +5,9 @@ import torch
 from conftest import make_pipeline, make_small, randomise_lora
 from diffusers import UNet2DConditionModel
 
-from lora import LoRALinear, inject_lora, load_lora, lora_layers, lora_off, lora_parameters
-from lora import lora_state, remove_lora, webui_state
-from run_folder import write_safetensors
+from lora import TARGETS, LoRALinear, inject_lora, lora_layers, lora_off, lora_parameters
+from lora import lora_state, webui_state
+from support.run_folder import write_safetensors
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def predict(unet, seed=0):
 
 @pytest.fixture
 def unet():
-    return make_small().unet
+    return make_small().policy.unet
 
 
 def test_zero_start_is_the_base_and_so_is_lora_off(unet):
@@ -57,6 +57,18 @@ def test_layer_is_w_x_plus_b_a_x(dtype, rounding, bias):
     want = (y, *torch.autograd.grad(y, (x, A, B), g.double()))
     for a, b in zip(got, want, strict=True):
         assert (a.double() - b).norm() <= rounding * b.norm()
+
+
+def test_the_low_rank_product_stays_float32_over_a_half_precision_base():
+    """Over W = 0 the output is the exact B A x, rounded once: A x in bfloat16 would err more."""
+    base = torch.nn.Linear(64, 32, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    base.weight.zero_()
+    layer, g = LoRALinear(base, rank=8), torch.Generator().manual_seed(0)
+    layer.up.data = torch.randn(32, 8, generator=g)
+    x = torch.randn(16, 64, generator=g).bfloat16()
+    want = x.double() @ layer.down.double().T @ layer.up.double().T
+    error = (layer(x).double() - want).abs()
+    assert (error <= 2**-8 * want.abs() + 1e-5).all(), "half of the last of 8 bits"
 
 
 def test_start_is_normal_with_variance_one_over_rank():
@@ -118,55 +130,59 @@ def test_wrapped_modules_are_the_attention_projections(unet):
     assert names == want and len(attentions) > 4
 
 
-def test_injecting_again_replaces_and_removing_restores_the_base(unet):
+@torch.no_grad()
+def test_feed_forward_targets(unet):
+    """Only the layers of that name, with the file's names; the base at first, then not."""
     base = predict(unet)
-    inject_lora(unet)
+    lora = inject_lora(unet, targets=("ff.net.2",))
     names = set(lora_layers(unet))
-    randomise_lora(unet)
-    lora = inject_lora(unet, rank=2)
-    assert set(lora_layers(unet)) == names and len(lora) == 2 * len(names)
+    blocks = [n for n, _ in unet.named_modules() if n.endswith(".ff")]
+    assert names == {f"{n}.net.2" for n in blocks} and len(names) > 2
+    assert set(lora) == {f"unet.{n}.lora_{half}.weight" for n in names for half in "AB"}
     assert torch.equal(predict(unet), base)
     randomise_lora(unet)
-    remove_lora(unet)
-    assert not lora_layers(unet) and torch.equal(predict(unet), base)
-    with pytest.raises(ValueError, match="no attention projection"):
-        inject_lora(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    assert not torch.allclose(predict(unet), base, atol=1e-3)
+    with lora_off(unet):
+        assert torch.equal(predict(unet), base)
 
 
-def test_state_is_a_copy_and_loads_back(unet):
+def test_feed_forward_beside_the_attention(unet):
+    both = inject_lora(unet, targets=(*TARGETS, "ff.net.2"))
+    attention, feed_forward = (
+        inject_lora(make_small().policy.unet, targets=targets)
+        for targets in (TARGETS, ["ff.net.2"])
+    )
+    assert both.keys() == attention.keys() | feed_forward.keys()
+    assert not attention.keys() & feed_forward.keys()
+
+
+@pytest.mark.parametrize("wrong", ["to_qkv", "attn1", "conv_in", "q", "ff.net.1", ""])
+def test_a_target_that_matches_no_linear_layer_is_refused(unet, wrong):
+    """By its name, also beside others that match; nothing is wrapped then."""
+    for targets in ((wrong,), (*TARGETS, wrong)):
+        with pytest.raises(ValueError, match=f"named {wrong}$"):
+            inject_lora(unet, targets=targets)
+        assert not lora_layers(unet)
+
+
+def test_the_state_is_a_copy(unet):
+    """Detached, float32: later training does not change what was saved."""
     inject_lora(unet)
     randomise_lora(unet)
-    want, state = predict(unet), lora_state(unet)
+    state = lora_state(unet)
+    before = {name: value.clone() for name, value in state.items()}
     randomise_lora(unet, seed=2)
-    assert not torch.allclose(predict(unet), want, atol=1e-3)
-    load_lora(unet, state)
-    assert torch.equal(predict(unet), want)
+    assert state.keys() == lora_parameters(unet).keys()
+    assert all(torch.equal(state[name], value) for name, value in before.items())
     assert all(v.dtype == torch.float32 and not v.requires_grad for v in state.values())
 
 
-def test_foreign_lora_is_refused_and_changes_nothing(unet):
-    inject_lora(unet)
-    randomise_lora(unet)
-    state, before = lora_state(unet), predict(unet)
-    first = min(state)
-    other_rank = lora_state(_injected(rank=2))
-    cases = [
-        ({k: v for k, v in state.items() if k != first}, first),
-        ({**state, "unet.conv_in.lora_A.weight": torch.zeros(4, 4)}, "unet.conv_in"),
-        (other_rank, r"\(2, .*not \(4, "),
-        ({}, "another model"),
-    ]
-    for foreign, message in cases:
-        with pytest.raises(ValueError, match=message):
-            load_lora(unet, foreign)
-        assert torch.equal(predict(unet), before)
-
-
-def test_diffusers_loads_the_saved_file(tmp_path):
+@pytest.mark.parametrize("targets", [TARGETS, ("ff.net.2", "to_q")])
+def test_diffusers_loads_the_saved_file(tmp_path, targets):
     """`pipe.load_lora_weights(folder)` makes the same UNet as ours, not the base."""
     ours, theirs = make_pipeline(), make_pipeline()
     base = predict(theirs.unet)
-    inject_lora(ours.unet)
+    inject_lora(ours.unet, targets=targets)
     randomise_lora(ours.unet)
     path = tmp_path / "pytorch_lora_weights.safetensors"
     write_safetensors(path, lora_state(ours.unet))
