@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import ROOT, brightness, metrics, run_flags, write_prompts
 
-import processes
 import rewards
 import train
-from files import read_safetensors
-from processes import all_sum, gather, init_processes, share, sum_gradients
+from support import processes
+from support.processes import all_max, all_sum, init_processes, share, sum_gradients
+from support.run_folder import LORA, read_safetensors
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def test_share_deals_the_owners_out(world):
 def test_a_single_process_sums_nothing():
     """Bit for bit what it has; a gradient that is None stays so."""
     values, p = torch.randn(3), torch.nn.Parameter(torch.zeros(2))
-    assert all_sum(values, CPU) is values and gather(values, CPU) is values
+    assert all_sum(values, CPU) is values and all_max(values, CPU) is values
     sum_gradients([p], CPU)
     assert p.grad is None
     assert init_processes(CPU) == (0, 1, CPU)
@@ -64,8 +64,8 @@ def of_three(rank, port, answers):
     os.environ |= of_world(rank, 3, port)
     told = list(init_processes(CPU)[:2])
     told.append(all_sum(torch.tensor([1.0, rank]), CPU).tolist())
-    own = [torch.tensor([0.5, 1.5]), torch.zeros(0), torch.tensor([2.0, 3.0, 4.0])][rank]
-    told.append(gather(own, CPU).tolist())
+    own = torch.tensor([[-3.0, 1.0], [-5.0, 7.0], [-4.0, 2.0]][rank], dtype=torch.float64)
+    told.append(all_max(own, CPU).tolist())
     weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
     if rank != 1:  # one that trained nothing
         weights[0].grad = torch.tensor([1.0, rank])
@@ -75,7 +75,7 @@ def of_three(rank, port, answers):
 
 
 def test_three_processes(free_port):
-    """The sum, the lists one after the other, and the gradients are the same in each."""
+    """The sum, the largest of each element, and the gradients are the same in each."""
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     workers = [context.Process(target=of_three, args=(r, free_port, answers)) for r in range(3)]
@@ -84,7 +84,7 @@ def test_three_processes(free_port):
     told = dict(answers.get(timeout=60) for _ in workers)
     for worker in workers:
         worker.join()
-    same = [[3.0, 3.0], [0.5, 1.5, 2.0, 3.0, 4.0], [[2.0, 2.0], [0.0, 0.0]]]
+    same = [[3.0, 3.0], [-3.0, 7.0], [[2.0, 2.0], [0.0, 0.0]]]
     assert told == {rank: [rank, 3, *same] for rank in range(3)}
     assert not processes.dist.is_initialized(), "this process took no part"
 
@@ -109,9 +109,7 @@ def assert_nearly_the_same(one, two):
             assert first[name] == pytest.approx(second[name], rel=1e-2, abs=1e-5), name
         for name in ("grad_norm", "kl_to_base"):
             assert first[name] == pytest.approx(second[name], rel=1e-2), name
-    first, second = (
-        read_safetensors(run / "pytorch_lora_weights.safetensors")[0] for run in (one, two)
-    )
+    first, second = (read_safetensors(run / LORA)[0] for run in (one, two))
     flat = [torch.cat([v.flatten() for v in lora.values()]) for lora in (first, second)]
     assert (flat[0] - flat[1]).norm() <= 1e-4 * flat[0].norm() and flat[0].norm() > 0
     first, second = (json.loads((run / "summary.json").read_text()) for run in (one, two))
@@ -125,7 +123,7 @@ def one(random_folder, tmp_path_factory):
     out, checked = tmp_path_factory.mktemp("single"), rewards.checked(brightness, "brightness")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "load_reward", lambda *rest: checked)
-        patch.setattr(train, "plot_curves", lambda folder: None)
+        patch.setattr(train.report, "before_after", lambda *rest: None)
         folder = train.main(flags_of(random_folder, out, out / "one"))
     assert sum(line["kept"] for line in metrics(folder)) > 6
     return folder
@@ -145,13 +143,14 @@ def test_two_processes_equal_one(tmp_path, random_folder, one, start, free_port)
 # Before the second round of this process is sampled
 DIES = """
 import signal
-real, calls = model.Model.branch, []
+import ddim_logprob
+real, calls = ddim_logprob.Policy.branch, []
 def branch(*rest):
     calls.append(rest)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*rest)
-model.Model.branch = branch
+ddim_logprob.Policy.branch = branch
 """
 
 
@@ -170,7 +169,7 @@ def test_a_process_that_dies_ends_the_run(tmp_path, random_folder, one, command,
 
 TORCHRUN = """
 import os, signal, torch
-from processes import all_sum, init_processes
+from support.processes import all_sum, init_processes
 rank, world, device = init_processes(torch.device("cpu"))
 print("sum", all_sum(torch.ones(1), device).item(), flush=True)
 if rank == 1:
