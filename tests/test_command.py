@@ -2,16 +2,19 @@
 
 import ast
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import eval as evaluation
-import run_folder
 import train
+from support import report
+from support.command import Parser, first_line, positive
 
 # ---------------------------------------------------------------- train.py's flags
 
@@ -36,83 +39,69 @@ def light(monkeypatch, tmp_path):
         raise AssertionError("something heavy was loaded before the input was checked")
 
     monkeypatch.chdir(tmp_path)
-    for name in ("load_model", "load_reward", "load_judge"):
+    for name in ("load_pipeline", "load_reward", "find_judge"):
         monkeypatch.setattr(train, name, heavy)
-    for name in ("load_model", "load_reward", "load_judge"):
         monkeypatch.setattr(evaluation, name, heavy)
 
 
 LONG = "x" * 300
-WHOLE = "rounds queries epochs update-size rank sample-batch micro-batch decode-batch eval-images"
+POSITIVE = "tau0 rounds queries epochs update-size rank sample-batch micro-batch decode-batch "
+POSITIVE += "eval-images grid-every lr clip-range adv-clip max-grad-norm adam-eps branches"
+NOT_NEGATIVE = "threshold window min-count save-every eval-prompts beta1 beta2 kl-beta dpo-beta "
+NOT_NEGATIVE += "guidance weight-decay"
+NUMBERS = "eta guidance lr threshold weight-decay clip-range dpo-beta kl-beta beta1 adam-eps"
 REFUSED = [
     (["--reward", "beauty"], ["unknown --reward beauty", "clip"]),
-    (["--algo", "ppo"], ["unknown --algo ppo", "ddpo"]),
+    (["--algo", "ppo"], ["--algo", "'ppo'", "ddpo"]),
     (["--template", 4], ["--template", "4"]),
     (["--template", "one"], ["--template", "one"]),
-    (["--interval", "middle"], ["--interval", "middle"]),
     (["--precision", "fp8"], ["--precision", "fp8"]),
     (["--prediction-type", "sample"], ["--prediction-type", "sample"]),
     (["--device", "nowhere"], ["--device nowhere"]),
-    (["--learning-rate", 1], ["--learning-rate", "--lr"]),
-    (["--query", 8], ["--query"]),
-    (["--tau0", 0], ["--tau0"]),
-    (["--tau0", 21], ["--tau0 21", "1..T = 20"]),
-    (["--tau0", 14, "--T", 10], ["--tau0 14", "1..T = 10"]),
-    (["--tau0", -3], ["--tau0"]),
+    (["--model", ""], ["--model is empty"]),
+    (["--tau0", 21], ["--tau0 must be at most --T"]),
+    (["--tau0", 14, "--T", 10], ["--tau0 must be at most --T"]),
     (["--tau-rounds", 0], ["--tau-rounds"]),
     (["--branches", 1], ["--branches", "--no-bs"]),
-    (["--branches", 0], ["--branches"]),
-    (["--branches", -3], ["--branches"]),
-    (["--queries", 2, "--branches", 3], ["--queries 2", "--branches 3"]),
+    (["--queries", 2, "--branches", 3], ["--queries must be at least --branches"]),
     (["--eta", 0], ["--eta"]),
     (["--eta", -1], ["--eta"]),
-    (["--eta", 1.001], ["--eta", "at most 1"]),
-    (["--lr", 0], ["--lr"]),
+    (["--eta", 1.001], ["--eta", "to 1"]),
     (["--lr", "fast"], ["--lr", "fast"]),
-    (["--clip-range", -1e-4], ["--clip-range"]),
     (["--rounds", "2.5"], ["--rounds", "2.5"]),
-    (["--threshold", -1], ["--threshold"]),
-    (["--threshold", 6], ["--threshold", "--adv-clip"]),
-    (["--threshold", 5], ["--threshold", "--adv-clip"]),
-    (["--window", -1], ["--window"]),
-    (["--min-count", -1], ["--min-count"]),
-    (["--save-every", -1], ["--save-every"]),
-    (["--eval-prompts", -1], ["--eval-prompts"]),
-    (["--T", 1000], ["--T must be at most 999"]),
-    (["--T", 0], ["--T"]),
+    (["--T", 1000], ["--T goes from 1 to 999"]),
+    (["--T", 0], ["--T goes from 1 to 999"]),
     (["--algo", "dpo", "--micro-batch", 1], ["--micro-batch 2"]),
     (["--image-size", 0], ["--image-size"]),
-    (["--image-size", -64], ["--image-size"]),
     (["--image-size", 10**30], ["--image-size"]),
-    (["--preset", "12gb"], ["--preset", "16gb"]),
-    (["--beta1", 1.5], ["--beta1"]),
     (["--beta1", 1], ["--beta1"]),
-    (["--beta2", -0.1], ["--beta2"]),
     (["--beta2", 1], ["--beta2"]),
-    (["--adam-eps", -1], ["--adam-eps"]),
-    (["--weight-decay", -1], ["--weight-decay"]),
-    (["--guidance", -1], ["--guidance"]),
     (["--threads", 0], ["--threads"]),
     (["--threads", 10**30], ["--threads"]),
-    (["--max-grad-norm", -1], ["--max-grad-norm"]),
-    (["--seed", 2**63], ["--seed"]),
-    (["--seed", -(2**63)], ["--seed"]),
-    (["--seed", "9" * 5000], ["--seed"]),
     (["--seed", 1.5], ["--seed"]),
     (["--queries", 2**63], ["--queries"]),
     (["--queries", 10**400], ["--queries"]),
-    (["--report-to", "paper"], ["paper"]),
-    (["--validation-prompt", " "], ["--validation-prompt is empty"]),
+    (["--report-to", "paper"], ["paper", "tensorboard"]),
+    (
+        ["--validation-prompt", "a cat", "--validation-prompt", " "],
+        ["--validation-prompt is empty"],
+    ),
     (["--prompts", LONG], ["cannot read the prompt file", LONG]),
     (["--reward", f"{LONG}.py:score"], ["--reward", LONG]),
     (["--reward", LONG], ["unknown --reward"]),
     (["--resume", LONG], [LONG, "holds no run"]),
     (["--out", LONG], ["cannot write to", LONG]),
-    *([["--" + name, value], ["--" + name]] for name in WHOLE.split() for value in (0, -2)),
-    *([["--lr", value], ["--lr"]] for value in ("nan", "inf", "-inf", "1e999")),
-    *([["--eta", value], ["--eta"]] for value in ("nan", "inf")),
-    *([["--guidance", value], ["--guidance"]] for value in ("nan", "inf")),
-    *([["--dpo-beta", value], ["--dpo-beta"]] for value in ("nan", "inf", -1)),
+    *([["--" + name, 0], ["--" + name]] for name in POSITIVE.split()),
+    *([["--" + name, -1], ["--" + name]] for name in (POSITIVE + " " + NOT_NEGATIVE).split()),
+    *(
+        [["--" + name, value], ["--" + name]]
+        for name in NUMBERS.split()
+        for value in ("nan", "inf")
+    ),
+    # flags that other trainers have, and those of an earlier version
+    (["--learning-rate", 1], ["--learning-rate"]),
+    (["--interval", "middle"], ["--interval"]),
+    (["--query", 8], ["--query"]),
 ]
 
 
@@ -122,17 +111,89 @@ def test_flags_that_are_refused(light, capsys, flags, parts):
     refused(capsys, [*model, *flags], *parts)
 
 
-def test_a_model_of_a_long_name_ends_with_one_line(monkeypatch, capsys, tmp_path):
-    """In both commands; a folder under runs/ can still be named after it."""
+def test_zero_is_fine_where_it_says_something(light):
+    """And every default passes its own check."""
+    flags = [word for name in NOT_NEGATIVE.split() for word in (f"--{name}", "0")]
+    args = train.parse_args(["--model", "none", "--device", "cpu", *flags])
+    assert {getattr(args, name.replace("-", "_")) for name in NOT_NEGATIVE.split()} == {0}
+
+
+@pytest.mark.parametrize(
+    "wrong, near",
+    [
+        ("--epoch", "--epochs"),
+        ("--promts", "--prompts"),
+        ("--clip_rnage", "--clip-range"),
+        ("--no-bpts=1", "--no-bpt"),
+        ("--updatesize", "--update-size"),
+        ("--xyz", None),
+    ],
+)
+def test_a_wrong_flag_names_the_nearest(light, capsys, wrong, near):
+    line = refused(capsys, [wrong, 3])
+    assert line.endswith(f"; did you mean {near}? (see --help)" if near else " (see --help)")
+    assert wrong.replace("_", "-") in line and ("did you mean" in line) == bool(near)
+
+
+def test_flags_may_have_underscores(light):
+    """Before the = alone: a value keeps its own. A beginning of a flag is no flag."""
+    argv = [
+        "--model",
+        "none_of_it",
+        "--device",
+        "cpu",
+        "--clip_range=0.25",
+        "--update_size",
+        "8",
+        "--no_bpt",
+    ]
+    args = train.parse_args([*argv, "--out=a_b-c", "--reward=jpeg"])
+    assert (args.clip_range, args.update_size, args.no_bpt) == (0.25, 8, True)
+    assert (args.out, args.model) == ("a_b-c", "none_of_it")
+    with pytest.raises(SystemExit):
+        train.parse_args([*argv, "--update", "8"])
+
+
+def test_the_parser_reads_the_command_line_where_it_is_given_none(monkeypatch):
+    parser = Parser("words")
+    parser.add_argument("--a-b")
+    monkeypatch.setattr(sys, "argv", ["x.py", "--a_b", "c_d"])
+    assert parser.parse_args().a_b == "c_d" and parser.parse_args([]).a_b is None
+
+
+def test_positive_is_a_whole_number_that_a_machine_can_count_to():
+    assert [positive(text) for text in ("1", "32767", " 7 ")] == [1, 32767, 7]
+    for text in ("0", "-1", "32768", "1.5", "x", ""):
+        with pytest.raises(ValueError):
+            positive(text)
+    assert positive.__name__ == "positive"  # argparse says: invalid positive value
+
+
+def test_the_first_line_of_a_problem():
+    assert first_line(ValueError("no\nluck")) == "ValueError: no"
+    assert first_line(KeyError("x")) == "KeyError: 'x'"
+    assert first_line(SystemExit()) == "SystemExit()"
+    assert first_line(OSError("\n\nlate\n")) == "OSError: late"
+    assert first_line(ValueError("b" * 999)) == "ValueError: " + "b" * 188
+
+
+def test_a_home_is_the_users(light, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = ["--model", "none", "--device", "cpu"]
+    for flags in (["--out=~/x"], ["--out", "~/x"]):
+        assert train.parse_args([*argv, *flags]).out == f"{tmp_path}/x"
+        assert evaluation.parse_args([*argv, *flags]).out == f"{tmp_path}/x"
+
+
+def test_a_default_folder_can_be_made(monkeypatch, tmp_path):
+    """At most 255 bytes for the system, and a letter of two is not cut in the middle."""
     monkeypatch.chdir(tmp_path)
-    for main in (train.main, evaluation.main):
-        refused(capsys, ["--model", LONG, "--device", "cpu"], "cannot load", LONG, main=main)
     name = "é" * 120
     (tmp_path / f"{name}.txt").write_text("a cat\n")
     argv = ["--model", "none", "--device", "cpu", "--prompts", f"{name}.txt"]
     out = train.parse_args(argv).out
-    (tmp_path / out).mkdir(parents=True)  # at most 255 bytes for the system
-    assert out.startswith("runs/none-clip-éé") and not run_folder.holds_run(out)
+    (tmp_path / out).mkdir(parents=True)
+    assert out.startswith("runs/none-clip-éé")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
@@ -147,22 +208,28 @@ def test_queries_are_those_that_are_drawn(tmp_path, monkeypatch):
     for queries, drawn in ((10, 8), (8, 8), (4, 4), (4095, 4092)):
         cfg = train.parse_args([*argv, str(queries)])
         assert cfg.queries == drawn
-        assert f"{drawn} queries ({drawn // 4} roots x 4 branches)" in train.first_lines(cfg, "", 1)
+        assert f"{drawn} queries (roots of 4 branches)" in report.first_lines(cfg, "x", 1)
     assert train.parse_args([*argv, "10", "--no-bs"]).queries == 10
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(light, capsys, tmp_path):
+def test_a_folder_that_holds_anything_but_a_failed_run_is_refused(light, capsys, tmp_path):
     """One whose run failed while it loaded has a config.json alone, and may be begun again."""
-    argv = ["--model", "none", "--device", "cpu", "--out", tmp_path]
-    (tmp_path / "config.json").write_text("{}")
+    argv = ["--model", "none", "--device", "cpu", "--out", tmp_path / "it's"]
+    train.parse_args([str(a) for a in argv])  # nothing there
+    (tmp_path / "it's").mkdir()
+    train.parse_args([str(a) for a in argv])  # empty
+    (tmp_path / "it's/README.md").write_text("mine")
+    refused(capsys, argv, "it's holds files that are no run's: take another --out")
+    (tmp_path / "it's/README.md").unlink()
+    (tmp_path / "it's/config.json").write_text("{}")
     train.parse_args([str(a) for a in argv])
-    for name in ("metrics.jsonl", "before.json", "checkpoint.safetensors"):
-        (tmp_path / name).write_text("")
-        train.parse_args([str(a) for a in argv])
-        (tmp_path / name).write_text("{}")
-        refused(capsys, argv, "holds a run", f"--resume {tmp_path}", "--out")
-        (tmp_path / name).unlink()
-    assert (tmp_path / "config.json").read_text() == "{}"
+    for name in ("before.json", "checkpoint.safetensors"):
+        (tmp_path / "it's" / name).write_text("")
+        line = refused(capsys, argv, "holds a run", "--out NEW")
+        words = shlex.split(line.partition("holds a run: ")[2].partition(", or")[0])
+        assert words == ["--resume", f"{tmp_path}/it's"]
+        (tmp_path / "it's" / name).unlink()
+    assert (tmp_path / "it's/config.json").read_text() == "{}"
 
 
 def test_input_is_checked_without_the_heavy_libraries(tmp_path):
@@ -187,31 +254,25 @@ for argv in (["--tau0", "0", "--device", "cpu"], ["--resume", sys.argv[1]]):
 # Each file imports from lower rows alone, or from its own row. Top first.
 ORDER = (
     ("studies",),
-    ("tiny/build.py",),
-    ("tiny/bars.py",),
-    ("tiny/networks.py",),
-    ("tiny/samplers.py",),
-    ("tiny/pictures.py", "tiny/training.py"),
     ("train.py",),
     ("eval.py",),
+    ("tiny/build",),
     ("rewards.py",),
-    ("own_reward.py",),
-    ("report.py",),
-    ("run_folder.py",),
-    ("prompts.py",),
-    ("files.py",),
-    ("model.py",),
-    ("processes.py",),
-    ("tiny/recognise.py",),
+    ("support/report.py",),
+    ("support/run_folder.py",),
+    ("support/pipeline.py", "support/prompts.py"),
+    ("b2rl.py",),
+    ("ddim_logprob.py", "lora.py"),
+    ("support/command.py", "support/processes.py"),
+    ("support/__init__.py",),
+    ("tiny/judge.py",),
     ("tiny/world.py",),
-    ("tiny/sprites.py",),
-    ("b2rl.py", "ddim_logprob.py", "lora.py"),
 )
 
 
 def row_of(file):
     for row, names in enumerate(ORDER):
-        if file in names or file.split("/")[0] in names:
+        if file in names or any(file.startswith(f"{name}/") for name in names):
             return row
     return None
 
@@ -222,7 +283,7 @@ def source_files():
     try:
         found = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError):
-        found = [str(f.relative_to(ROOT)) for f in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))]
+        found = [str(f.relative_to(ROOT)) for f in (*ROOT.glob("*.py"), *ROOT.glob("*/**/*.py"))]
     return sorted(f for f in found if not f.startswith(("tests/", ".")) and (ROOT / f).exists())
 
 
@@ -259,11 +320,11 @@ def circle(graph):
 
 def test_imports_go_downwards():
     files = source_files()
-    assert len(files) > 15 and {"train.py", "model.py", "tiny/world.py"} <= set(files)
+    assert len(files) > 15 and {"train.py", "support/report.py", "tiny/world.py"} <= set(files)
     without = [file for file in files if row_of(file) is None]
     assert not without, f"which row of ORDER is theirs? {without}"
     graph = {file: imports(file, files) for file in files}
-    assert {"b2rl.py", "model.py", "run_folder.py"} <= graph["train.py"], "arrows are found"
+    assert {"b2rl.py", "support/run_folder.py"} <= graph["train.py"], "arrows are found"
     upwards = [(a, b) for a in files for b in graph[a] if row_of(b) < row_of(a)]
     assert not upwards, f"imports upwards: {upwards}"
     assert circle(graph) is None
@@ -291,16 +352,20 @@ def test_the_readme_command_trains_scores_and_draws(tmp_path, capsys):
     argv += ["--eval-images", "1", "--update-size", "4"]
     train.main([*argv, "--eval-prompts", "4"])
     said = capsys.readouterr().out
-    assert said.startswith("Training the bundled tiny model on cpu") and "--model" in said
+    assert said.startswith(f"Training the bundled tiny model on cpu (fp32, processes: 1).\n{run}:")
     assert "train   clip" in said and "unseen  judge" in said and f"--lora {run}" in said
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["tau"] for line in lines] == [2, 4]
     assert lines[0]["first_max_log_ratio"] <= 0.01 * 1e-3
     for name in ("before-train", "before-unseen", "after-train", "after-unseen"):
         assert (run / "grids" / f"{name}.png").stat().st_size > 1000
-    argv = ["--lora", str(run), "--prompt", "a cat washing dishes", "--images", "2"]
-    evaluation.main([*argv, "--out", str(tmp_path / "eval")])
-    assert "| base |" in capsys.readouterr().out
+    assert Image.open(run / "before-after.png").width > 1000
+    last = [line for line in said.splitlines() if line.startswith("Draw: ")]
+    argv = shlex.split(last[0])[3:]  # what it says is what is run
+    assert argv[:2] == ["--lora", str(run)] and last[0].startswith("Draw: python eval.py ")
+    evaluation.main([*argv, "--images", "2", "--out", str(tmp_path / "eval")])
+    said = capsys.readouterr().out
+    assert "| model | CLIPScore | recognised |" in said and "| base |" in said
     assert (tmp_path / "eval" / "grid.png").exists()
 
 
