@@ -12,26 +12,29 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import LABELS
-from studies.common import main, markdown, pyplot, rate, save_figure, study_parser
+from studies.common import main, markdown, rate, study_parser
+from support.report import pyplot
 
 
-def last_step(model, rewards, judge, prompts, args):
-    """Differences of R pairs by metric; prints and draws them. No judge is asked."""
-    R, rows, result = args.roots, [], {"pairs": args.roots}
+def last_step(pipeline, rewards, judge, prompts, args):
+    """Differences of R pairs by metric, printed; and their figure. No judge is asked."""
+    policy, R = pipeline.policy, args.roots
     owners = [prompts[p % len(prompts)] for p in range(R)]
     each = [owner for owner in owners for _ in range(2)]
     roots = [(args.seed, "last-step", p) for p in range(R)]
-    x_T = model.noise([(*root, "x_T") for root in roots])
+    x_T = policy.noise([(*root, "x_T") for root in roots])
     keys = [(*root, "path") for root in roots]
-    x_1 = model.denoise(x_T, model.schedule.T, 1, owners, keys)
+    x_1 = policy.denoise(x_T, policy.schedule.T, 1, owners, keys)
     keys = [[(*root, k) for k in range(2)] for root in roots]
-    x, _ = model.branch(x_1, 1, 0, owners, keys)  # (R, 2, 2, C, h, w)
-    rated = rate(model, x[:, :, -1].flatten(0, 1), each, rewards)
+    x, _ = policy.branch(x_1, 1, 0, owners, keys)  # (R, 2, 2, C, h, w)
+    rated = rate(pipeline, x[:, :, -1].flatten(0, 1), each, rewards)
     gaps = {name: (v[0::2] - v[1::2]).abs() for name, v in rated.items()}  # (R,)
     bounds = (0, max(0.02, *(gap.max().item() for gap in gaps.values())))
     figure, ax = pyplot().subplots(figsize=(5, 3.5))
+    result, rows = {"pairs": R}, []
     for name, gap in gaps.items():
-        above, label = (gap > 0.01).float().mean().item(), LABELS.get(name, name)
+        above = (gap > 0.01).float().mean().item()
+        label = LABELS.get(name, name)
         result[name] = {"above_0.01": above, "differences": gap.tolist()}
         rows.append([label, R, f"{gap.mean():.5f}", f"{gap.max():.5f}", f"{above:.1%}"])
         ax.hist(gap.numpy(), 40, range=bounds, alpha=0.6, label=label)
@@ -41,13 +44,11 @@ def last_step(model, rewards, judge, prompts, args):
     ax.set(xlabel="score difference, same first T - 1 steps", ylabel="pairs")
     ax.locator_params(axis="x", nbins=5)
     ax.legend()
-    save_figure(figure, Path(args.out) / "last-step.png")
-    return result
+    return result, figure
 
 
 def parser():
-    roots = (768, "pairs [paper]")
-    return study_parser(__doc__.split("\n")[0], "last-step", roots=roots)
+    return study_parser(__doc__.split("\n")[0], "last-step", roots=(768, "pairs [paper]"))
 
 
 if __name__ == "__main__":

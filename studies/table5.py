@@ -1,7 +1,6 @@
 """Table 5: the share of branches whose pictures differ in alignment, by branching step.
 
-    python studies/table5.py                                          # the tiny model
-    python studies/table5.py --model CompVis/stable-diffusion-v1-4    # 2.5 GB of latents
+    python studies/table5.py     # the tiny model; latents of Stable Diffusion take 2.5 GB
 
 Each of R paths x_T..x_0 is branched K times at x_t, t = 2, 4, .., T. The paper does not
 define "differ". Here [ours] a branch differs
@@ -20,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from eval import LABELS
-from studies.common import main, markdown, pyplot, rate, save_figure, study_parser, wilson
+from studies.common import main, markdown, rate, study_parser, wilson
+from support.report import pyplot
 
+NAMES = LABELS | {"recognised": "judge"}
 # Branching at t = 2, 4, ..., 20; every share is a multiple of 1/256, hence 256 roots
 PAPER = (0.082, 0.168, 0.156, 0.281, 0.289, 0.340, 0.430, 0.445, 0.523, 0.664)
 
@@ -41,56 +42,62 @@ def relative_variance(scores, owners):
     return within / within[-1].clamp(min=1e-8)
 
 
-def table5(model, rewards, judge, prompts, args):
-    """Shares, thresholds and std within a branch by metric; prints and draws them."""
-    R, K, T, scores = args.roots, args.branches, model.schedule.T, {}
+def table5(pipeline, rewards, judge, prompts, args):
+    """Shares, thresholds and std within a branch by metric, printed; and their figure."""
+    policy, T = pipeline.policy, pipeline.policy.schedule.T
+    R, K = args.roots, args.branches
     owners = [prompts[p % len(prompts)] for p in range(R)]
     each = [owner for owner in owners for _ in range(K)]
     roots = [(args.seed, "table5", p) for p in range(R)]
-    x_T = model.noise([(*root, "x_T") for root in roots])
-    path, _ = model.branch(x_T, T, 0, owners, [[(*root, "path")] for root in roots])
+    x_T = policy.noise([(*root, "x_T") for root in roots])
+    path, _ = policy.branch(x_T, T, 0, owners, [[(*root, "path")] for root in roots])
     steps = sorted({*range(2, T + 1, 2), T})
+    rated = []
     for t in steps:
         keys = [[(*root, t, k) for k in range(K)] for root in roots]
-        x, _ = model.branch(path[:, 0, T - t], t, 0, owners, keys)  # (R, K, t + 1, ...)
-        rated = rate(model, x[:, :, -1].flatten(0, 1), each, rewards, judge)
-        scores[t] = {name: v.view(R, K) for name, v in rated.items()}
+        x, _ = policy.branch(path[:, 0, T - t], t, 0, owners, keys)  # (R, K, t + 1, ...)
+        rated.append(rate(pipeline, x[:, :, -1].flatten(0, 1), each, rewards, judge))
     result = {"steps": steps, "roots": R, "branches": K, "differ": args.differ}
     result |= {"share": {}, "threshold": {}, "std_within": {}, "relative_variance": {}}
-    for name in scores[T]:
-        within = [scores[t][name].var(1).mean().sqrt().item() for t in steps]
+    for name in rated[-1]:
+        scores = torch.stack([at_t[name].view(R, K) for at_t in rated])  # (steps, R, K)
+        within = [s.var(1).mean().sqrt().item() for s in scores]
         threshold = 0.0 if name == "recognised" else args.differ * within[-1]
-        share = [differs(scores[t][name], threshold).float().mean().item() for t in steps]
-        result["share"][name], result["std_within"][name] = share, within
+        result["share"][name] = [differs(s, threshold).float().mean().item() for s in scores]
         result["threshold"][name] = threshold
-        every = torch.stack([scores[t][name] for t in steps])  # (steps, R, K)
-        result["relative_variance"][name] = relative_variance(every, owners).tolist()
+        result["std_within"][name] = within
+        result["relative_variance"][name] = relative_variance(scores, owners).tolist()
     print("\n".join(table(result)))
+    return result, draw(result)
+
+
+def draw(result):
+    """The shares over the branching step, beside the paper's where T is its 20."""
     figure, ax = pyplot().subplots(figsize=(5, 3.5))
     for name, share in result["share"].items():
-        ax.plot(steps, share, "o-", label=LABELS.get(name, name))
-    if T == 20:
-        ax.plot(steps, PAPER, "k--", label="paper, SD 1.4")
-    ax.set(xlabel="branching step t", xticks=steps, ylim=(0, 1))
+        ax.plot(result["steps"], share, "o-", label=NAMES.get(name, name))
+    if result["steps"][-1] == 20:
+        ax.plot(result["steps"], PAPER, "k--", label="paper, SD 1.4")
+    ax.set(xlabel="branching step t", xticks=result["steps"], ylim=(0, 1))
     ax.set_ylabel("share of branches that differ")
     ax.legend()
-    save_figure(figure, Path(args.out) / "table5.png")
-    return result
+    return figure
 
 
 def table(result):
     """The shares and the paper's, Markdown lines; in brackets 95 % intervals."""
     rows = []
     for name, share in result["share"].items():
-        label, cells = LABELS.get(name, name), []
+        label = NAMES.get(name, name)
+        cells = []
         for p in share:
             low, high = wilson(p, result["roots"])
             cells.append(f"{100 * p:.1f} ({100 * low:.1f} to {100 * high:.1f})")
         rows.append([f"{label} differs, %", *cells])
         within = [f"{v:.4f}" for v in result["std_within"][name]]
         rows.append([f"{label}, std within a branch", *within])
-        within = [f"{v:.2f}" for v in result["relative_variance"][name]]
-        rows.append([f"{label}, variance of r_hat over that at T", *within])
+        variance = [f"{v:.2f}" for v in result["relative_variance"][name]]
+        rows.append([f"{label}, variance of r_hat over that at T", *variance])
         if result["steps"] == list(range(2, 21, 2)):
             gaps = [100 * (p - q) for p, q in zip(share[1:], PAPER[1:])]
             rms = (sum(gap**2 for gap in gaps) / len(gaps)) ** 0.5
@@ -101,9 +108,13 @@ def table(result):
 
 
 def parser():
-    own = dict(roots=(256, "paths to branch"), branches=(3, "of a state, Table 6"))
-    own |= dict(differ=(1.0, "standard deviations that make a difference of scores"))
-    return study_parser(__doc__.split("\n")[0], "table5", **own)
+    return study_parser(
+        __doc__.split("\n")[0],
+        "table5",
+        roots=(256, "paths to branch"),
+        branches=(3, "of a state, Table 6"),
+        differ=(1.0, "standard deviations that make a difference of scores"),
+    )
 
 
 if __name__ == "__main__":
