@@ -200,11 +200,8 @@ def check_reward_name(name):
     if own is None:
         known = f"one of {', '.join(REWARDS)}, or your own as file.py:function"
         return None if name in REWARDS else f"unknown --reward {name}: {known}"
-    path, function = own
-    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        return f"--reward {name}: there is no file {path}"
-    if not function.isidentifier():
-        return f"--reward {name}: {function!r} is no function's name"
+    if not os.path.isfile(own[0]):  # Path.is_file raises for a name that is too long
+        return f"--reward {name}: there is no file {own[0]}"
     return None
 
 
