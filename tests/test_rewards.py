@@ -12,8 +12,8 @@ from conftest import ROOT
 from PIL import Image
 
 import rewards
-from processes import Stop
 from rewards import BertRecall, BertScore, ClipScore, checked, load_reward
+from support.command import Stop
 
 PROMPTS = ["a cat washing dishes", "a dog", "a cat washing dishes"]
 
@@ -297,8 +297,11 @@ def test_bert_score_compares_llavas_answers_with_the_prompt(llava_folder, debert
 def test_defaults_are_the_papers():
     assert rewards.LLAVA == "llava-hf/llava-1.5-7b-hf"
     assert rewards.DEBERTA == ("microsoft/deberta-xlarge-mnli", 40)
-    assert rewards.CLIP_SD[0] == "ViT-H-14"
+    assert rewards.CLIP_SD == ("ViT-H-14", "laion2b_s32b_b79k")
+    assert (BertScore.batch, BertScore.max_new_tokens) == (16, 64)
+    assert rewards.REFERENCE == "The image contains {}"
     assert rewards.QUESTION == "Answer concisely: what is going on in this image?"
+    assert rewards.REWARDS == ("clip", "bert", "jpeg")
 
 
 # ---------------------------------------------------------------- JPEG
@@ -344,6 +347,13 @@ def test_a_reward_gets_copies_and_its_answer_is_copied(images):
         torch.tensor([3.0, 5.0, 7.0], dtype=torch.float64, requires_grad=True),
         range(3, 9, 2),
         [torch.tensor(3), torch.tensor(5), torch.tensor(7)],
+        # any shape that holds three numbers, and (scores, info) of the common DDPO trainers
+        [[3], [5], [7]],
+        torch.tensor([[3.0, 5.0, 7.0]]),
+        np.array([3.0, 5.0, 7.0]).reshape(1, 3, 1),
+        np.array([3.0, 0, 5.0, 0, 7.0])[::2],
+        (np.array([3, 5, 7]), {}),
+        ([[3], [5], [7]], {"seconds": [1, 2, 3, 4]}),
     ],
 )
 def test_an_answer_may_be_any_list_of_numbers(images, answer):
@@ -359,9 +369,12 @@ def test_an_answer_may_be_any_list_of_numbers(images, answer):
         (1.0, "a float of torch.float32, shape ():"),
         ("abc", "a str:"),
         ({"a": 1}, "a dict:"),
+        ({}, "a dict:"),
+        (([1, 2], {}), "a list of torch.int64, shape (2,):"),
+        (([1, 2, 3], {}, {}), "a tuple:"),
+        (([1, 2, 3], [4, 5, 6]), "a tuple of torch.int64, shape (2, 3):"),
+        (torch.ones(3, 2), "a Tensor of torch.float32, shape (3, 2):"),
         (["a", "b", "c"], "a list:"),
-        ([[1], [2], [3]], "shape (3, 1):"),
-        (torch.ones(3, 1), "a Tensor of torch.float32, shape (3, 1):"),
         ([1, 2], "shape (2,):"),
         ((n for n in range(3)), "a generator:"),
         ([1j, 2, 3], "of torch.complex64, shape (3,):"),
@@ -383,19 +396,47 @@ def test_an_answer_of_another_kind_is_told_in_one_line(images, answer, words, re
 
 
 @pytest.mark.parametrize(
-    "answer, words", [([0, float("inf"), 1], "inf"), ([0, 1e60, 1], "inf"), ([0, np.nan, 1], "nan")]
+    "answer, words",
+    [
+        ([0, float("inf"), 1], "inf"),
+        ([0, -float("inf"), np.nan], "-inf"),
+        ([0, 1e60, 1], "inf"),
+        ([0, np.nan, 1], "nan"),
+        (([[0], [np.nan], [1]], {}), "nan"),
+        (torch.tensor([0, 1e30, 0]), "1.0000000150474662e\\+30"),  # sums must be finite, too
+    ],
 )
 def test_a_number_that_is_not_finite_names_its_prompt(images, answer, words):
     with pytest.raises(Stop, match=f"^reward x returned {words} for the prompt 'a dog'$"):
         checked(lambda x, p: answer, "x")(images, PROMPTS)
 
 
-def test_a_reward_that_raises_is_named(images):
+def test_large_numbers_below_that_are_fine(images):
+    assert checked(lambda x, p: [9e29, -9e29, 0], "x")(images, PROMPTS).isfinite().all()
+
+
+@pytest.mark.parametrize("answer", [2, 2.0, torch.tensor(2.0), [[2]], (np.array(2), {})])
+def test_one_picture_may_have_one_number(images, answer):
+    assert checked(lambda x, p: answer, "x")(images[:1], PROMPTS[:1]).tolist() == [2]
+
+
+def test_no_pictures_have_no_numbers(images):
+    assert checked(lambda x, p: [], "x")(images[:0], []).shape == (0,)
+
+
+def test_a_pair_of_scores_is_no_scores_with_info(images):
+    assert checked(lambda x, p: (3, 5), "x")(images[:2], PROMPTS[:2]).tolist() == [3, 5]
+
+
+def test_a_reward_that_raises_is_named(images, capsys):
+    """Of ours, in a line: the traceback is for a user's own code."""
+
     def broken(images, prompts):
         raise ValueError("no\nluck")
 
     with pytest.raises(Stop, match="^reward clip raised ValueError: no$"):
         checked(broken, "clip")(images, PROMPTS)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, torch.OutOfMemoryError])
