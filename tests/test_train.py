@@ -39,31 +39,33 @@ def close(a, b, tolerance=1e-4):
     return (a - b).norm() <= tolerance * b.norm() and b.norm() > 0
 
 
-def some_scores(i, scores):
-    """Scores that differ from branch to branch: a random picture's brightness is its root's."""
-    numbers = torch.arange(scores.numel()).add(i * scores.numel()).mul(2.4).sin()
-    return numbers.view(scores.shape)
+def some_numbers(i, values):
+    """In place of scores or r_hat: a random picture's brightness comes from its root alone."""
+    numbers = torch.arange(values.numel()).add(i * values.numel()).mul(2.4).sin()
+    return 2 * numbers.view(values.shape)
 
 
-def equal_scores(i, scores):
-    """Nothing passes the threshold: a round is sampled, and not trained on."""
-    return torch.zeros_like(scores)
+def nothing(i, values):
+    """In place of r_hat: no branch is kept; a round is sampled, and not trained on."""
+    return torch.zeros_like(values)
 
 
 @pytest.fixture
 def loop(tmp_path, monkeypatch):
     """Runs `train.main` for a round, from LoRA weights that are not zero, and returns what it did.
 
-    rounds: tau, x, log_p_old, drawn, own, scores (of the pictures; trained on are those of
-    `scores`, None for the pictures'), calls (batch sizes of the UNet before the update), r_hat.
-    steps, one a call of AdamW: i, update, weights, grad. calls: of the UNet in all. moved: the
-    weights change between sampling and training, so that ratios differ from 1. worker: (rank,
-    world size). prepare(pipeline): what is done to it.
+    rounds: tau, x, log_p_old, drawn, own, scores, calls (batch sizes of the UNet before the
+    update), r_hat. steps, one a call of AdamW: i, update, weights, grad. calls: of the UNet in all.
+
+    r_hat(i, own): in place of train.py's, and all branches, or the best and the worst, are kept;
+    None leaves train.py's rule, with `scores` in place of the pictures'. moved: the weights
+    change between sampling and training, so that ratios differ from 1. worker: (rank, world
+    size). prepare(pipeline): what is done to it.
     """
     prompts, numbers = tmp_path / "three.txt", itertools.count()
     prompts.write_text("\n".join(PROMPTS))
 
-    def go(*flags, model="none", scores=some_scores, moved=False, worker=(0, 1), kl=False, **more):
+    def go(*flags, model="none", r_hat=some_numbers, moved=False, worker=(0, 1), **more):
         seen = SimpleNamespace(rounds=[], steps=[], calls=[])
 
         def load(cfg, device):
@@ -98,12 +100,18 @@ def loop(tmp_path, monkeypatch):
                 draw = torch.Generator().manual_seed(7)
                 for p in seen.lora.values():
                     p.data += 0.01 * torch.randn(p.shape, generator=draw)
-            return scores(len(seen.rounds) - 1, found) if scores else found, numbers
+            assert found.shape == (len(roots.prompts), seen.cfg.branches)
+            if "scores" in more:
+                found = more["scores"](len(seen.rounds) - 1, found)
+            return found, numbers
 
-        def selected(real):
-            def select(r_hat, *rest):
-                seen.rounds[-1].r_hat = r_hat
-                return real(r_hat, *rest)
+        def selected(rule):
+            def select(found, *rest):
+                seen.rounds[-1].r_hat = found
+                if not r_hat:
+                    return rule(found, *rest)
+                found.copy_(r_hat(len(seen.rounds) - 1, found))
+                return b2rl.select_all(found) if found.shape[1] == 1 else best_and_worst(found, 0.1)
 
             return select
 
@@ -125,6 +133,7 @@ def loop(tmp_path, monkeypatch):
 
         load_pipeline, inject_lora, real_score = train.load_pipeline, train.inject_lora, train.score
         real_branch, real_split = Policy.branch, train.split_updates
+        best_and_worst = b2rl.select_pairs
         checked = rewards.checked(more.get("reward", brightness), "brightness")
         changes = dict(
             load_pipeline=load,
@@ -135,7 +144,7 @@ def loop(tmp_path, monkeypatch):
             select_all=selected(train.select_all),
             split_updates=split,
             init_processes=lambda device: (*worker, device),
-            kl_to_base=train.kl_to_base if kl else lambda *rest: 0.0,
+            kl_to_base=train.kl_to_base if "kl" in more else lambda *rest: 0.0,
         )
         end_round = report.TrainingLog.end_round if worker[1] == 1 else lambda *rest: {}
         base = ["--T", 3, "--tau0", 2, "--queries", 9, "--eval-prompts", 0, "--rounds", 1]
@@ -180,7 +189,7 @@ def noise(*key):
 def test_unet_calls_of_a_round_at_the_papers_sizes(loop, guidance, halves):
     """(T - tau) + 1 + K (tau - 1) = 46 a root at tau 14, K 3; twice that with guidance."""
     flags = ["--T", 20, "--tau0", 14, "--queries", 3, "--guidance", guidance]
-    (sampled,) = loop(*flags, scores=equal_scores).rounds
+    (sampled,) = loop(*flags, r_hat=nothing).rounds
     assert sampled.tau == 14 and sum(sampled.calls) == halves * 46
 
 
@@ -188,7 +197,7 @@ def test_unet_calls_of_a_round_at_the_papers_sizes(loop, guidance, halves):
 def test_round_is_what_a_plain_loop_samples(loop):
     """Every trajectory of a round by diffusers' own steps, with the noise of its keys."""
     flags = ["--seed", 5, "--rounds", 3, "--T", 4, "--tau0", 3, "--tau-rounds", 9]
-    seen = loop(*flags, "--decode-batch", 2, scores=equal_scores)
+    seen = loop(*flags, "--decode-batch", 2, r_hat=nothing)
     sampled, images = seen.rounds[1], []
     assert sampled.tau == 3 and sampled.own == [0, 1, 2]
     assert sampled.x.shape == (3, 3, 4, 4, 8, 8) and sampled.log_p_old.shape == (3, 3, 3)
@@ -247,10 +256,10 @@ def test_scores_and_what_the_judge_recognises_are_those_of_each_root():
 
 
 def test_noise_does_not_depend_on_the_batches(loop):
-    want = loop("--sample-batch", 64, "--decode-batch", 64, scores=equal_scores).rounds[0]
+    want = loop("--sample-batch", 64, "--decode-batch", 64, r_hat=nothing).rounds[0]
     for batch in (1, 7):
         batches = ["--sample-batch", batch, "--decode-batch", batch]
-        got = loop(*batches, scores=equal_scores).rounds[0]
+        got = loop(*batches, r_hat=nothing).rounds[0]
         assert got.drawn == want.drawn
         torch.testing.assert_close(got.x, want.x, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(got.log_p_old, want.log_p_old, atol=1e-3, rtol=1e-3)
@@ -260,7 +269,7 @@ def test_noise_does_not_depend_on_the_batches(loop):
 def test_rounds_and_seeds_draw_other_noise_and_prompts(loop):
     flags = ["--queries", 24, "--rounds", 2, "--no-bpt", "--T", 2]
     (first, second), (other, _) = (
-        loop(*flags, "--seed", seed, scores=equal_scores).rounds for seed in (0, 1)
+        loop(*flags, "--seed", seed, r_hat=nothing).rounds for seed in (0, 1)
     )
     for sampled in (second, other):
         assert sampled.drawn != first.drawn
@@ -460,16 +469,18 @@ def test_step_energy_is_the_square_of_single_trajectories(loop):
 def test_rewards_are_normalised_by_the_settings(loop):
     """App. D.1 over the rounds of a run, with --window and --min-count."""
     flags = ["--rounds", 3, "--window", 1, "--min-count", 8, "--queries", 15, "--threshold", 0.3]
-    seen, normalise, other = loop(*flags), train.RewardNormaliser(1, 8), train.RewardNormaliser(1)
+    options = dict(r_hat=None, scores=some_numbers)
+    seen = loop(*flags, **options)
+    normalise, other = train.RewardNormaliser(1, 8), train.RewardNormaliser(1)
     for i, (sampled, line) in enumerate(zip(seen.rounds, seen.metrics)):
-        drawn, scores = sampled.drawn, some_scores(i, sampled.scores)
+        drawn, scores = sampled.drawn, some_numbers(i, sampled.scores)
         assert torch.equal(sampled.r_hat, normalise(i, drawn, scores))
         assert line["alone_on_prompt"] == normalise.alone
         assert line["kept"] == len(train.select_pairs(sampled.r_hat, 0.3)) > 0
         assert not torch.equal(sampled.r_hat, other(i, drawn, scores)) or i > 0
     assert seen.header["history"] == normalise.history
     flags = ["--no-bs", "--queries", 3, "--min-count", 0]
-    (line,), (sampled,) = (found := loop(*flags)).metrics, found.rounds
+    (line,), (sampled,) = (found := loop(*flags, **options)).metrics, found.rounds
     alone = [p for p, name in enumerate(sampled.drawn) if sampled.drawn.count(name) == 1]
     assert line["alone_on_prompt"] == len(alone) and sampled.r_hat[alone].eq(0).all()
 
@@ -657,7 +668,7 @@ def test_faster_or_smaller_calls_change_no_gradient(loop, random_folder, flag, r
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             found.append(loop(*flags, model=random_folder))
     plain, other = found
-    assert other.metrics[0]["first_max_log_ratio"] <= 2e-6
+    assert other.metrics[0]["first_max_log_ratio"] <= 5e-6
     torch.testing.assert_close(other.rounds[0].x, plain.rounds[0].x, atol=1e-3, rtol=0)
     assert close(other.steps[0].grad, plain.steps[0].grad, 1e-3)
     if flag == "--checkpointing":
@@ -767,7 +778,7 @@ def test_the_prompts_to_train_on_and_the_lists_to_draw(tmp_path):
 def test_tau_of_a_run(loop):
     """It grows from tau0 to T (Eq. 3)."""
     flags = ["--T", 4, "--tau0", 2, "--rounds", 3, "--queries", 3]
-    taus = lambda *more: [r.tau for r in loop(*flags, *more, scores=equal_scores).rounds]
+    taus = lambda *more: [r.tau for r in loop(*flags, *more, r_hat=nothing).rounds]
     assert taus() == [2, 3, 4]
     assert taus("--no-bpt") == [4, 4, 4]
     assert taus("--tau-rounds", 2) == [2, 4, 4]
