@@ -173,6 +173,14 @@ def test_equal_scores_below_the_minimum_count_get_the_rounds_statistics():
     assert r_hat.flatten().tolist() == pytest.approx([-1 / std, -1 / std, 0, 2 / std])
 
 
+def test_normaliser_of_scores_far_from_zero():
+    """Float32's rounding of a mean near 4,096 would be as large as these scores' spread."""
+    steps = torch.tensor([[0.0, 1.0, 5.0], [2.0, 2.0, 3.0]])
+    r_hat = RewardNormaliser()(0, ["a", "a"], 4096 + steps / 2048)
+    want = (steps - steps.mean()) / steps.std()
+    torch.testing.assert_close(r_hat, want, rtol=1e-4, atol=1e-4)
+
+
 def test_normaliser_keeps_no_more_than_its_window():
     normalise = RewardNormaliser(2)
     for i in range(10):

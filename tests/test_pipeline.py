@@ -554,15 +554,27 @@ def test_one_file_without_configs_says_how_to_name_them(capfd, random_folder, tm
     refused(capfd, lambda: load(path), f"cannot load {path}", "--model-config FOLDER")
 
 
-@pytest.mark.parametrize(
-    "prefix",
-    ["model.diffusion_model.out.2.", "first_stage_model.decoder.conv_in.", "cond_stage_model."],
+LATE = pytest.mark.xfail(
+    reason="the text encoder's gaps are found by pipe.to(device), with a traceback", strict=True
 )
+PREFIXES = ["model.diffusion_model.", "first_stage_model.", "cond_stage_model."]
+PREFIXES += ["model.diffusion_model.out.2.", "first_stage_model.decoder.conv_in."]
+PREFIXES.append(pytest.param("cond_stage_model.transformer.text_model.final_layer", marks=LATE))
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_one_file_that_lacks_weights_is_refused(capfd, random_folder, tmp_path, prefix):
+    """A network that is not there, or one of its layers."""
     path = tmp_path / "model.safetensors"
     original_file(random_folder, path, lacking(prefix))
-    call = lambda: load(path, model_config=str(random_folder))
-    refused(capfd, call, f"{path}")
+    refused(capfd, lambda: load(path, model_config=str(random_folder)), f"{path}")
+
+
+@pytest.mark.xfail(reason="diffusers then takes DDIM's default betas, 0.0001 to 0.02", strict=True)
+def test_one_file_with_the_configs_of_a_flow_model_is_refused(capfd, random_folder, tmp_path):
+    path = original_file(random_folder, tmp_path / "model.safetensors")
+    configs = edited(random_folder, tmp_path, scheduler_of(FLOW, num_train_timesteps=1000))
+    refused(capfd, lambda: load(path, model_config=str(configs)), FLOW, "betas")
 
 
 # ---------------------------------------------------------------- a LoRA in the base
