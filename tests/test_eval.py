@@ -1,4 +1,4 @@
-"""Metrics against numpy, evaluation against single pictures, the command, and foreign input."""
+"""Metrics against numpy, evaluation against single pictures, the command, LoRAs of any kind."""
 
 import json
 import math
@@ -8,18 +8,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_small, randomise_lora
+from conftest import ROOT, make_pipeline, make_small, randomise_lora
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_command import light, refused  # noqa: F401 (a fixture)
 
 import eval as evaluation
-from ddim_logprob import keyed_generator, make_schedule
-from eval import compare, evaluate, inception_left_out, inception_score, jackknife_error
-from eval import paired_gain, style_entropy
-from files import write_json, write_safetensors
-from lora import inject_lora, lora_state
+from ddim_logprob import keyed_generator
+from eval import compare, evaluate, find_judge, inception_score, load_lora, paired_gain
+from lora import inject_lora, lora_parameters, lora_state
 from rewards import checked
-from test_command import light, refused  # noqa: F401 (a fixture)
+from support.report import write_lora
+from support.run_folder import CHECKPOINT, LORA, read_json, write_json, write_safetensors
 
 PROMPTS = ["cat", "dog", "bird"]
 
@@ -31,17 +31,21 @@ class Brightness:
         return images.mean((1, 2, 3)) + torch.tensor([0.01 * len(p) for p in prompts])
 
     def embed_images(self, images, normalize=True):
+        assert not normalize, "Eq. 9 is of raw embeddings"
         return 3 * images.flatten(1)[:, :6]
 
 
 def judge(images, prompts):
-    """Right if the picture's corner is bright: as good as random on a random pipeline."""
-    return images[:, 0, :8, :8].mean((1, 2)) > 0.5
+    """Right if the picture's corner is bright, and never of a bird."""
+    return (images[:, 0, :8, :8].mean((1, 2)) > 0.4) & torch.tensor([p != "bird" for p in prompts])
 
 
 @pytest.fixture
 def small():
-    return make_small(T=6, guidance=3.0, sample_batch=4, decode_batch=3)
+    return make_small(T=4, guidance=3.0, sample_batch=4, decode_batch=3)
+
+
+CLIP = {"clip": checked(Brightness(), "clip")}
 
 
 # ---------------------------------------------------------------- metrics
@@ -60,46 +64,6 @@ def test_inception_score_limits():
     assert inception_score(alike) == pytest.approx(1)
     assert inception_score(1000 * torch.eye(6)) == pytest.approx(6)  # n classes, each sure
     assert inception_score(1000 * torch.eye(3).repeat(4, 1)) == pytest.approx(3)
-
-
-def test_inception_error_is_the_jackknife():
-    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
-    left_out = [inception_score(x[torch.arange(8) != i]) for i in range(8)]
-    expected = math.sqrt(7 / 8 * np.square(left_out - np.mean(left_out)).sum())
-    error = lambda features: jackknife_error(inception_left_out(features).tolist())
-    assert inception_left_out(x).tolist() == pytest.approx(left_out, rel=1e-6)
-    assert error(x) == pytest.approx(expected, rel=1e-6)
-    assert error(x[:1].repeat(8, 1)) == pytest.approx(0, abs=1e-9)
-    assert 0 < error(1000 * torch.eye(3)[[0, 0, 0, 1, 2]]) < 3  # p(y|x) of exact zeros
-    mean = torch.tensor([1.0, 4.0, 2.0, 7.0])  # of a mean the jackknife is the usual error
-    left_out = ((mean.sum() - mean) / 3).tolist()
-    assert jackknife_error(left_out) == pytest.approx(mean.std().item() / 2)
-
-
-@pytest.mark.parametrize(
-    "styles, expected",
-    [
-        ([0, 0, 0, 0, 0, 0], 0.0),
-        ([0, 1, 2, 0, 1, 2], math.log(3)),
-        ([0, 0, 0, 1, 1, 1], math.log(2)),
-    ],
-)
-def test_style_entropy_is_that_of_the_best_captions(styles, expected):
-    from tiny.sprites import STYLES
-
-    class Clip:  # the picture's first pixel names its style, as far as this CLIP is concerned
-        def embed_images(self, images):
-            return torch.eye(3)[images[:, 0, 0, 0].long()]
-
-        def embed_text(self, texts):
-            named = [STYLES.index(t.split(", ")[1].removesuffix(" style")) for t in texts]
-            return torch.eye(3)[named]
-
-    images = torch.zeros(6, 3, 2, 2)
-    images[:, 0, 0, 0] = torch.tensor(styles).float()
-    entropy, shares = style_entropy(Clip(), images, ["cat"] * 6)
-    assert entropy == pytest.approx(expected, abs=1e-6) and math.copysign(1, entropy) == 1
-    assert list(shares) == list(STYLES) and shares[STYLES[0]] == pytest.approx(styles.count(0) / 6)
 
 
 def test_paired_gain_is_numpys():
@@ -136,62 +100,59 @@ def test_compare_pairs_by_list_and_leaves_out_a_missing_judge():
 
 def test_evaluation_draws_noise_keyed_by_prompt_and_number(small):
     """Whatever the batches and the other prompts: picture k of prompt p stands at k * P + p."""
-    reward = checked(Brightness(), "clip")
-    whole, images = evaluate(small, reward, PROMPTS, 2, judge)
-    small.sample_batch, small.decode_batch = 2, 1
-    cut, same = evaluate(small, reward, PROMPTS, 2, judge)
+    whole, images = evaluate(small, CLIP, PROMPTS, 2, judge)
+    small.policy.sample_batch, small.decode_batch = 2, 1
+    cut, same = evaluate(small, CLIP, PROMPTS, 2, judge)
     torch.testing.assert_close(images, same, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(whole["score"], cut["score"], atol=1e-5)
-    assert whole["recognised"] == cut["recognised"] and set(whole["recognised"]) == {0.0, 1.0}
-    assert len(set(whole["score"])) == 6 and images.shape == (6, 3, 32, 32)
+    np.testing.assert_allclose(whole["clip"], cut["clip"], atol=1e-5)
+    assert whole["recognised"] == cut["recognised"]
+    assert len(set(whole["clip"])) == 6 and images.shape == (6, 3, 32, 32)
     generator = keyed_generator("evaluation", "dog", 1)
     x = torch.randn(1, *small.latent_shape, generator=generator)
-    for t in range(6, 0, -1):
+    for t in range(4, 0, -1):
         with torch.no_grad():
             mu, sigma = small.policy(x, t, ["dog"])
         x = mu + sigma * torch.randn(small.latent_shape, generator=generator)
     torch.testing.assert_close(images[4], small.decode(x)[0], atol=1e-4, rtol=0)
-    assert whole["score"][4] == pytest.approx(images[4].mean().item() + 0.03, abs=1e-5)
-    alone, _ = evaluate(small, reward, ["dog"], 2)
-    np.testing.assert_allclose(alone["score"], whole["score"][1::3], atol=1e-5)
+    assert whole["clip"][4] == pytest.approx(images[4].mean().item() + 0.03, abs=1e-5)
+    alone, _ = evaluate(small, CLIP, ["dog"], 2)
+    np.testing.assert_allclose(alone["clip"], whole["clip"][1::3], atol=1e-5)
     assert alone["recognised"] is None
-    other, _ = evaluate(small, reward, ["dog"], 2, seed=(77,))
-    assert min(abs(a - b) for a, b in zip(other["score"], alone["score"])) > 1e-5
+    other, _ = evaluate(small, CLIP, ["dog"], 2, seed=(77,))
+    assert min(abs(a - b) for a, b in zip(other["clip"], alone["clip"])) > 1e-5
+
+
+def test_every_metric_and_the_judge_get_the_pictures_with_their_prompts(small):
+    """In parts of two pictures, of lists of three."""
+    small.decode_batch = 2
+    metrics = CLIP | {
+        "index": checked(lambda x, p: [PROMPTS.index(name) for name in p], "index"),
+        "pixel": checked(lambda x, p: x[:, 1, 2, 3], "pixel"),
+    }
+    known = lambda x, p: torch.tensor([name == "dog" for name in p])
+    found, images = evaluate(small, metrics, PROMPTS, 2, known)
+    assert list(found) == ["clip", "index", "pixel", "recognised"]
+    assert found["index"] == [0, 1, 2, 0, 1, 2] and found["recognised"] == [0, 1, 0, 0, 1, 0]
+    assert found["pixel"] == images[:, 1, 2, 3].tolist()
+    length = torch.tensor([3, 3, 4] * 2)
+    np.testing.assert_allclose(found["clip"], images.mean((1, 2, 3)) + length / 100, atol=1e-6)
 
 
 @pytest.mark.parametrize("world", [2, 7])
 def test_processes_share_the_pictures(small, world):
-    """Their scores add up to those of one process; each keeps the first of its own pictures."""
-    reward = checked(Brightness(), "clip")
-    want, images = evaluate(small, reward, PROMPTS, 2, judge)
-    small.sample_batch = 2
-    shares = [evaluate(small, reward, PROMPTS, 2, judge, n, world, keep=2) for n in range(world)]
-    for what in ("score", "recognised"):
+    """Their scores add up to those of one process; each returns its own pictures."""
+    want, images = evaluate(small, CLIP, PROMPTS, 2, judge)
+    small.policy.sample_batch = 2
+    shares = [evaluate(small, CLIP, PROMPTS, 2, judge, n, world) for n in range(world)]
+    for what in ("clip", "recognised"):
         parts = list(zip(*(found[what] for found, _ in shares)))
         assert [sum(part) for part in parts] == pytest.approx(want[what], abs=1e-4)
-    parts = zip(*(found["score"] for found, _ in shares))
+    parts = zip(*(found["clip"] for found, _ in shares))
     assert all(sum(score != 0 for score in part) == 1 for part in parts)
-    for n, (_, kept) in enumerate(shares):
-        torch.testing.assert_close(kept, images[n::world][:2], atol=1e-4, rtol=0) if n < 6 else None
-    assert len(shares[-1][1]) == (0 if world == 7 else 2)
-
-
-def test_offload_moves_the_others_around_the_unets_work(small, monkeypatch):
-    """Away before it, back before decoding; prompts are encoded first."""
-    did, real = [], type(small).embed
-    move = lambda self, reward, device: did.append(str(device))
-    monkeypatch.setattr(type(small), "move_others", move)
-    embed = lambda self, prompts: did.append("embed") or real(self, prompts)
-    monkeypatch.setattr(type(small), "embed", embed)
-    decode = type(small).decode
-    draw = lambda self, x: did.append("decode") or decode(self, x)
-    monkeypatch.setattr(type(small), "decode", draw)
-    evaluate(small, checked(Brightness(), "clip"), PROMPTS, 1, offload=True)
-    assert did[:2] == ["embed", "cpu"] and did[-2:] == ["cpu", "decode"]
-    assert set(did[2:-2]) == {"embed"}
-    did.clear()
-    evaluate(small, checked(Brightness(), "clip"), PROMPTS, 1)
-    assert "cpu" not in did
+    for n, (_, own) in enumerate(shares):
+        if n < 6:
+            torch.testing.assert_close(own, images[n::world], atol=1e-4, rtol=0)
+    assert len(shares[-1][1]) == (0 if world == 7 else 3)
 
 
 needs_judge = pytest.mark.skipif(
@@ -203,10 +164,96 @@ needs_judge = pytest.mark.skipif(
 def test_the_judge_is_for_the_tiny_models_own_prompts():
     candidates = ["a cat washing dishes", "a dog washing dishes", "a cat riding a bike"]
     tiny = SimpleNamespace(tiny=ROOT / "tiny")
-    judged = evaluation.load_judge(tiny, candidates)(torch.rand(3, 3, 64, 64), candidates)
+    judged = find_judge(tiny, candidates)(torch.rand(3, 3, 64, 64), candidates)
     assert judged.shape == (3,) and judged.dtype == torch.bool
-    assert evaluation.load_judge(tiny, [*candidates, "a portrait of my aunt"]) is None
-    assert evaluation.load_judge(SimpleNamespace(tiny=None), candidates) is None
+    assert find_judge(tiny, [*candidates, "a portrait of my aunt"]) is None
+    assert find_judge(SimpleNamespace(tiny=None), candidates) is None
+
+
+# ---------------------------------------------------------------- before and after a run
+
+
+@pytest.fixture
+def grey(monkeypatch):
+    """`evaluate` without a model: a number of its own for each call, list and picture."""
+    calls = []
+
+    def evaluated(pipeline, rewards, prompts, each, judge=None, worker=0, workers=1, seed=()):
+        calls.append((prompts, each, worker, workers, list(pipeline.lora_on)))
+        n = len(prompts) * each
+        numbers = [len(calls) + j / 100 for j in range(n)]
+        pictures = torch.linspace(0, 1, n).view(n, 1, 1, 1).expand(n, 3, 128, 128)
+        return {name: numbers for name in rewards} | {"recognised": None}, pictures
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluated)
+    return calls
+
+
+def a_run(folder, worker=0):
+    (folder / "grids").mkdir(parents=True, exist_ok=True)
+    return evaluation.Run(folder, worker, 2, [].append, None)
+
+
+class Layers(list):
+    """What a pipeline has of `lora_off`: whether its LoRA is on."""
+
+    unet = property(lambda self: self)
+
+    def named_modules(self):
+        return []
+
+
+def test_scores_before_are_read_again_only_where_all_is_there(grey, tmp_path, capsys):
+    """Of a resumed run: the scores, and a grid of each list."""
+    pipeline = SimpleNamespace(policy=Layers(), lora_on=[])
+    lists = {"train": PROMPTS, "unseen": ["fox"]}
+    cfg = SimpleNamespace(resume=None, eval_images=2)
+    before = lambda run: evaluation.scores_before(run, cfg, pipeline, None, None, lists)
+    want = before(a_run(tmp_path))
+    assert want == read_json(tmp_path / "before.json") and list(want) == ["train", "unseen"]
+    assert want["train"]["score"] == [1, 1.01, 1.02, 1.03, 1.04, 1.05]
+    assert want["unseen"] == {"score": [2, 2.01], "recognised": None}
+    assert [call[:4] for call in grey] == [(PROMPTS, 2, 0, 2), (["fox"], 2, 0, 2)]
+    names = {path.name for path in (tmp_path / "grids").iterdir()}
+    assert names == {"before-train.png", "before-unseen.png"}
+    before(a_run(tmp_path))
+    assert len(grey) == 4, "a new run draws anew"
+    cfg.resume = str(tmp_path)
+    kept = read_json(tmp_path / "before.json")
+    assert before(a_run(tmp_path)) == kept and len(grey) == 4
+    (tmp_path / "grids/before-unseen.png").unlink()
+    assert before(a_run(tmp_path)) != kept and len(grey) == 6
+    (tmp_path / "before.json").unlink()
+    before(a_run(tmp_path))
+    assert len(grey) == 8
+    cfg.eval_images = 3
+    with pytest.raises(SystemExit):
+        before(a_run(tmp_path))
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/before.json is damaged" in said and said.count("\n") == 1
+    after = evaluation.draw_lists(a_run(tmp_path), pipeline, None, None, lists, 1, "after")
+    assert after == read_json(tmp_path / "after.json") and len(after["train"]["score"]) == 3
+
+
+def test_the_base_model_is_drawn_without_the_lora(small, tmp_path, monkeypatch):
+    inject_lora(small.policy.unet)
+    randomise_lora(small.policy.unet, 0.5)
+    cfg = SimpleNamespace(resume="yes", eval_images=1)
+    run = evaluation.Run(tmp_path, 0, 1, lambda text: None, None)
+    (tmp_path / "grids").mkdir()
+    lists = {"train": ["cat"]}
+    got = evaluation.scores_before(run, cfg, small, CLIP["clip"], None, lists)
+    base = make_small(T=4, guidance=3.0, sample_batch=4, decode_batch=3)
+    want, _ = evaluate(base, CLIP, ["cat"], 1)
+    trained, _ = evaluate(small, CLIP, ["cat"], 1)
+    assert got["train"]["score"] == want["clip"] and trained["clip"] != want["clip"]
+
+
+def test_the_first_process_alone_writes(grey, tmp_path):
+    pipeline = SimpleNamespace(lora_on=[])
+    evaluation.draw_lists(a_run(tmp_path, 1), pipeline, None, None, {"train": PROMPTS}, 1, "after")
+    assert not list((tmp_path / "grids").iterdir()) and not (tmp_path / "after.json").exists()
+    assert grey[0][2:4] == (1, 2)
 
 
 # ---------------------------------------------------------------- the command
@@ -233,52 +280,73 @@ def run_main(*argv):
     evaluation.main([str(a) for a in argv])
 
 
+def results(folder):
+    return json.loads((folder / "scores.json").read_text())["results"]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The random pipeline as the run below has it, with its LoRA."""
+    trained = make_small(T=4, guidance=2.0)
+    inject_lora(trained.policy.unet, 2)
+    randomise_lora(trained.policy.unet, 0.5)
+    return trained
+
+
 @pytest.fixture
-def run(model, random_folder, tmp_path):
-    """A finished run of the random pipeline with T 4, guidance 2, and its LoRA in `model`.
+def run(trained, random_folder, tmp_path):
+    """A finished run of the random pipeline with T 4 and guidance 2, its LoRA that of `trained`.
 
     Its checkpoint is damaged: a finished run needs none.
     """
-    inject_lora(model.unet, 2)
-    randomise_lora(model.unet, 0.5)
-    folder = write_run(tmp_path / "run", model=str(random_folder), T=4, guidance=2.0)
-    write_safetensors(tmp_path / "run/pytorch_lora_weights.safetensors", lora_state(model.unet))
-    (tmp_path / "run/checkpoint.safetensors").write_bytes(b"cut")
+    folder = write_run(tmp_path / "it's a run", model=str(random_folder), T=4, guidance=2.0)
+    write_lora(tmp_path / "it's a run", lora_state(trained.policy.unet))
+    (tmp_path / "it's a run" / CHECKPOINT).write_bytes(b"cut")
     return folder
 
 
-def test_main_scores_base_and_lora_on_the_same_noise(no_clip, run, model, tmp_path, capsys):
+def test_main_scores_base_and_lora_on_the_same_noise(no_clip, run, trained, tmp_path, capsys):
     out = tmp_path / "out"
+    out.mkdir()  # empty
     argv = ["--lora", run, "--prompt", "cat", "--prompt", "goose", "--images", 3, "--device", "cpu"]
     run_main(*argv, "--metrics", "clip,is,jpeg", "--out", out)
-    data = json.loads((out / "scores.json").read_text())
-    base, lora = data["results"]["base"], data["results"][run]
-    columns = ["CLIPScore", "jpeg", "inception score", "inception score, left out", "n", "scores"]
-    assert list(base) == columns and base["n"] == 6
+    base, lora = results(out)["base"], results(out)[run]
+    assert list(base) == ["CLIPScore", "jpeg", "inception score", "n", "scores"] and base["n"] == 6
     assert base["CLIPScore"][0] == pytest.approx(np.mean(base["scores"]["clip"]))
     assert base["CLIPScore"][1] == pytest.approx(np.std(base["scores"]["clip"], ddof=1) / 6**0.5)
     assert base["scores"]["jpeg"] == base["scores"]["clip"]  # brightness twice, the same pairs
-    model.schedule, model.guidance = make_schedule(model.pipe.scheduler, 4), 2.0  # the run's
-    expected, images = evaluate(model, Brightness(), ["cat", "goose"], 3)
-    np.testing.assert_allclose(lora["scores"]["clip"], expected["score"], atol=1e-5)
+    expected, images = evaluate(trained, CLIP, ["cat", "goose"], 3)
+    np.testing.assert_allclose(lora["scores"]["clip"], expected["clip"], atol=1e-5)
     assert lora["scores"]["clip"] != base["scores"]["clip"]
-    features = Brightness().embed_images(images)
-    assert lora["inception score"][0] == pytest.approx(inception_score(features), rel=1e-4)
-    error = jackknife_error(inception_left_out(features).tolist())
-    assert lora["inception score"][1] == pytest.approx(error, rel=1e-3)
+    features = Brightness().embed_images(images, normalize=False)
+    assert lora["inception score"] == pytest.approx(inception_score(features), rel=1e-4)
     table = capsys.readouterr().out
     assert "| model | CLIPScore | jpeg | inception score |\n|---|---|---|---|\n" in table
     assert f"| {run} | {lora['CLIPScore'][0]:.4f} +- {lora['CLIPScore'][1]:.4f} | " in table
+    assert f" | {lora['inception score']:.4f} |\n" in table and "over 6 pictures a model" in table
     grid = Image.open(out / "grid.png")
     assert grid.size == (3 * 132 + 4, 4 * 132 + 4)  # 2 prompts x 2 models
     for p, row in ((0, 1), (1, 3)):  # by the LoRA, below the base: number 1 of each prompt
         pixel = images[2 * 1 + p, :, 16, 16]
         shown = grid.getpixel((132 + 4 + 66, row * 132 + 4 + 66))
         assert shown == pytest.approx((255 * pixel).tolist(), abs=2)
-    out = tmp_path / "other"
-    argv = ["--lora", run, "--no-base", "--prompt", "cat", "--images", 1, "--device", "cpu"]
-    run_main(*argv, "--out", out)
-    assert list(json.loads((out / "scores.json").read_text())["results"]) == [run]
+
+
+def test_a_list_is_shown_from_all_over(monkeypatch, grey, random_folder, tmp_path):
+    """A row a model, nine columns: every second of 20 prompts, number 0 of each."""
+    (tmp_path / "p.txt").write_text("".join(f"cat {'x' * n}\n" for n in range(20)))
+    pipeline = SimpleNamespace(pipe=None, lora_on=[])
+    monkeypatch.setattr(evaluation, "load", lambda *rest: (pipeline, {"clip": None}, None, None))
+    monkeypatch.setattr(evaluation, "load_lora", lambda *rest: None)
+    argv = ["--prompts", tmp_path / "p.txt", "--model", "none", "--lora", "x", "--device", "cpu"]
+    run_main(*argv, "--out", tmp_path / "out")
+    assert [len(call[0]) * call[1] for call in grey] == [40, 40]
+    grid = Image.open(tmp_path / "out/grid.png")
+    assert grid.size == (9 * 132 + 4, 2 * 132 + 4)
+    for j in range(9):
+        for row in (0, 1):
+            shown = grid.getpixel((132 * j + 68, 132 * row + 68))[0]
+            assert shown == pytest.approx(255 * 2 * j / 39, abs=1), j
 
 
 def test_a_seed_draws_other_pictures_of_a_prompt(no_clip, random_folder, tmp_path):
@@ -287,8 +355,7 @@ def test_a_seed_draws_other_pictures_of_a_prompt(no_clip, random_folder, tmp_pat
 
     def scored(name, *seed):
         run_main(*argv, *seed, "--out", tmp_path / name)
-        data = json.loads((tmp_path / name / "scores.json").read_text())
-        return data["results"]["base"]["scores"]["clip"]
+        return results(tmp_path / name)["base"]["scores"]["clip"]
 
     plain, seeds = scored("a"), [scored(str(n), "--seed", n) for n in (0, 77, 2**70)]
     assert scored("b") == plain and scored("c", "--seed", 77) == seeds[1]
@@ -296,53 +363,41 @@ def test_a_seed_draws_other_pictures_of_a_prompt(no_clip, random_folder, tmp_pat
 
 
 def test_the_unseen_list_from_the_command_line(no_clip, random_folder, tmp_path, monkeypatch):
-    """Its folder is a new one each time, named and numbered where none is given.
-
-    The grid has one picture of each prompt, the first.
-    """
+    """Its folder is a new one each time, named and numbered where none is given."""
     prompts = tmp_path / "p.txt"
     prompts.write_text("[train]\ncat\ndog\n[unseen]\nbird\n")
     monkeypatch.chdir(tmp_path)
     argv = ["--model", random_folder, "--device", "cpu", "--prompts", prompts, "--batch", 16]
     argv += ["--T", 2]
-    run_main(*argv, "--split", "unseen", "--images", 1)
-    run_main(*argv, "--split", "train")
+    run_main(*argv, "--split", "unseen")
+    run_main(*argv, "--split", "train", "--metrics", "is")
     one, two = (json.loads((tmp_path / f"runs/eval-{n}/scores.json").read_text()) for n in (1, 2))
-    assert one["results"]["base"]["n"] == 1 and two["results"]["base"]["n"] == 4
+    assert one["results"]["base"]["n"] == 2 and two["results"]["base"]["n"] == 4
     assert one["settings"]["T"] == 2 and one["settings"]["sample_batch"] == 16
-    run_main(*argv, "--images", 1)
-    grids = [Image.open(tmp_path / f"runs/eval-{n}/grid.png") for n in (2, 3)]
-    assert grids[0].size == (2 * 132 + 4, 132 + 4)
-    assert np.abs(np.subtract(*(np.asarray(grid, float) for grid in grids))).max() <= 2
-
-
-@needs_judge
-def test_the_tiny_model_has_its_judge_and_its_styles(tmp_path, capsys):
-    argv = ["--model", "tiny", "--prompt", "a cat washing dishes", "--images", 2, "--T", 2]
-    run_main(*argv, "--device", "cpu", "--metrics", "clip", "--out", tmp_path / "out")
-    row = json.loads((tmp_path / "out/scores.json").read_text())["results"]["base"]
-    assert row["recognised"][0] in (0, 0.5, 1) and len(row["scores"]["recognised"]) == 2
-    assert 0 <= row["style entropy"] <= 1.0987 and sum(row["styles"].values()) == pytest.approx(1)
-    assert "| CLIPScore | recognised | style entropy |" in capsys.readouterr().out
+    assert "inception score" in two["results"]["base"]
+    assert Image.open(tmp_path / "runs/eval-2/grid.png").size == (2 * 132 + 4, 132 + 4)
 
 
 def test_defaults_are_the_runs_else_train_pys(tmp_path, monkeypatch):
     import train
 
     monkeypatch.chdir(tmp_path)
-    sd = {name: value for name, _, value, *_ in train.SETTINGS}
+    sd = {name: value for name, value, *_ in train.SETTINGS}
     args = evaluation.parse_args(["--model", "somewhere", "--device", "cpu"])
     assert all(getattr(args, n) == sd[n] for n in ("T", "eta", "guidance"))
     assert (args.metrics, args.sample_batch, args.images, args.seed) == (["clip"], 8, 2, ())
+    assert (args.out, args.decode_batch, args.precision) == ("runs/eval-1", 8, "fp32")
     more = dict(T=7, eta=0.5, guidance=0, image_size=64, prediction_type="v_prediction")
+    more |= dict(model_config="c", base_lora="b.safetensors")
     run = write_run(tmp_path / "run", **more, reward="jpeg")
     args = evaluation.parse_args(["--lora", run, "--device", "cpu", "--prompt", "cat"])
     assert (args.model, args.metrics, args.images) == ("somewhere", ["jpeg"], 8)
     assert {name: getattr(args, name) for name in more} == more
     argv = ["--lora", run, "--T", "9", "--metrics", "clip, is", "--image-size", "32"]
-    args = evaluation.parse_args([*argv, "--device", "cpu", "--model", "tiny"])
-    assert (args.T, args.guidance, args.image_size) == (9, 0, 32)
+    args = evaluation.parse_args([*argv, "--device", "cpu", "--model", "tiny", "--seed", "5"])
+    assert (args.T, args.guidance, args.image_size, args.seed) == (9, 0, 32, (5,))
     assert args.metrics == ["clip", "is"] and args.sample_batch == args.decode_batch == 64
+    assert evaluation.parse_args(["--device", "cpu"]).model == "tiny"
 
 
 # ---------------------------------------------------------------- bad input
@@ -356,19 +411,19 @@ def fails(capsys, *argv):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--prompt", " "], "--prompt is empty"),
-        (["--images", "0"], "--images must be 1 or more"),
-        (["--images", 10**30], "--images must be 1 or more, and below a million"),
-        (["--batch", "-1"], "--batch must be 1 or more"),
-        (["--T", "0"], "--T must be 1 or more"),
-        (["--T", "1000"], "--T must be at most 999"),
+        (["--prompt", "cat", "--prompt", " "], "--prompt is empty"),
+        (["--images", "0"], "--images"),
+        (["--images", 10**30], "--images"),
+        (["--batch", "-1"], "--batch"),
+        (["--T", "0"], "--T goes from 1 to 999"),
+        (["--T", "1000"], "--T goes from 1 to 999"),
         (["--T", "2.5"], "--T"),
         (["--threads", "0"], "--threads"),
         (["--image-size", "0"], "--image-size"),
-        (["--eta", "0"], "--eta must be above 0"),
-        (["--eta", "1.5"], "--eta must be above 0 and at most 1"),
+        (["--eta", "0"], "--eta from above 0 to 1"),
+        (["--eta", "1.5"], "--eta from above 0 to 1"),
         (["--eta", "nan"], "--eta"),
-        (["--guidance", "-1"], "--guidance must be 0 or more"),
+        (["--guidance", "-1"], "--guidance"),
         (["--guidance", "nan"], "--guidance"),
         (["--guidance", "inf"], "--guidance"),
         (["--seed", "x"], "--seed"),
@@ -378,8 +433,6 @@ def fails(capsys, *argv):
         (["--flag"], "--flag"),
         (["--device", "nowhere"], "--device nowhere is not there"),
         (["--template", "4"], "--template"),
-        (["--lora", "nowhere"], "give a run folder or a .safetensors file"),
-        (["--lora", "x" * 300], "give a run folder or a .safetensors file"),
         (["--prompts", "nowhere.txt"], "cannot read the prompt file nowhere.txt"),
         (["--prompts", "x" * 300], "cannot read the prompt file"),
         (["--out", "x" * 300], "cannot write to"),
@@ -401,9 +454,15 @@ def test_bad_prompt_lists_end_with_one_line(light, capsys, tmp_path):  # noqa: F
     assert wanted in fails(capsys, "--prompts", tmp_path / "one.txt", "--split", "unseen", *out)
 
 
-def test_results_are_not_overwritten(light, capsys, tmp_path):  # noqa: F811
-    (tmp_path / "scores.json").write_text("{}")
-    assert "holds results" in fails(capsys, "--device", "cpu", "--out", tmp_path)
+def test_files_that_are_there_are_not_overwritten(light, capsys, tmp_path):  # noqa: F811
+    """Of whatever kind: results, a run, a grid.png of the user's."""
+    for name in ("scores.json", "grid.png", "notes.txt", ".hidden"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / name).write_text("mine")
+        error = fails(capsys, "--device", "cpu", "--out", tmp_path / "out")
+        assert error.endswith("/out is not empty: take another --out")
+        assert (tmp_path / "out" / name).read_text() == "mine"
+        shutil.rmtree(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -413,21 +472,11 @@ def test_results_are_not_overwritten(light, capsys, tmp_path):  # noqa: F811
         ("[]", "holds no run"),
         ("null", "holds no run"),
         ({"model": None}, "holds no run"),
-        ({"model": 3}, "model can not be 3"),
-        ({"model": ["a"]}, "model can not be ['a']"),
-        ({"T": "many"}, "--T"),
-        ({"T": "20"}, "T can not be '20'"),
-        ({"T": 0}, "--T must be 1 or more"),
-        ({"T": 5000}, "--T must be"),
-        ({"T": True}, "--T"),
-        ({"eta": "x"}, "--eta"),
-        ({"eta": 7}, "--eta must be above 0 and at most 1"),
-        ({"guidance": [5.0]}, "guidance can not be [5.0]"),
-        ({"guidance": math.nan}, "guidance can not be nan"),
-        ({"image_size": "big"}, "--image-size"),
-        ({"prediction_type": "sample"}, "--prediction-type"),
+        ({"T": 0}, "--T goes from 1"),
+        ({"T": 5000}, "--T goes from 1"),
+        ({"eta": 7}, "--eta from above 0 to 1"),
+        ({"guidance": math.nan}, "--guidance"),
         ({"reward": "beauty"}, "unknown --reward beauty"),
-        ({"reward": {"clip": 1}}, "metrics can not be {'clip': 1}"),
         ({"reward": "./none.py:score"}, "there is no file"),
     ],
     ids=lambda value: str(value)[:40],
@@ -449,11 +498,135 @@ def test_runs_of_different_models_end_with_one_line(light, capsys, tmp_path):  #
     d = write_run(tmp_path / "d", model="a", reward="jpeg")
     assert "differ in metrics, clip and jpeg" in fails(capsys, "--lora", a, d)
     e = write_run(tmp_path / "e", model="a", image_size=64)
-    assert "differ in image_size, 64 and None: choose by --image-size" in fails(
-        capsys, "--lora", a, e
-    )
+    error = fails(capsys, "--lora", a, e)
+    assert "differ in image_size, 64 and None: choose by --image-size" in error
     args = evaluation.parse_args(["--lora", a, c, "--T", "5", "--device", "cpu"])
     assert (args.T, args.model) == (5, "a")
+
+
+# ---------------------------------------------------------------- LoRAs as people have them
+
+
+def weights(unet, module):
+    """What a LoRA adds to a linear layer's weight (out, in), from what the layer computes."""
+    layer = unet.get_submodule(module)
+    base = layer.base_layer
+    with torch.no_grad():
+        eye = torch.eye(base.in_features)
+        return (layer(eye) - base(eye)).T
+
+
+def loaded(path, pipe=None):
+    """What `load_lora` adds to each layer that carries a LoRA, by its module."""
+    pipe = pipe or make_pipeline()
+    load_lora(pipe, path)
+    modules = [name for name, m in pipe.unet.named_modules() if hasattr(m, "base_layer")]
+    return {module: weights(pipe.unet, module) for module in modules}
+
+
+def product(state, scale=1.0):
+    """By hand: scale * B A of the names that diffusers has, by module."""
+    names = [name for name in state if name.endswith(".lora_A.weight")]
+    modules = {name.removeprefix("unet.").removesuffix(".lora_A.weight"): name for name in names}
+    return {m: scale * state[n.replace("_A", "_B")] @ state[n] for m, n in modules.items()}
+
+
+def same(found, want):
+    assert found.keys() == want.keys() and len(found) == 32
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def state(trained):
+    """The LoRA of `trained`, rank 2."""
+    return lora_state(trained.policy.unet)
+
+
+def webui(folder):
+    (path,) = folder.glob("*_webui.safetensors")
+    return path
+
+
+def test_a_run_and_its_files_are_one_lora(run, state, tmp_path):
+    for path in (run, f"{run}/{LORA}", webui(tmp_path / "it's a run")):
+        same(loaded(path), product(state))
+
+
+def test_one_lora_takes_the_place_of_another(run, state, tmp_path):
+    """They do not add up when several are compared."""
+    pipe = make_pipeline()
+    write_safetensors(tmp_path / "double.safetensors", {k: 2 * v for k, v in state.items()})
+    same(loaded(tmp_path / "double.safetensors", pipe), product(state, 4))
+    same(loaded(run, pipe), product(state))
+
+
+@pytest.mark.parametrize("alpha", [1, 2, 6.0])
+def test_kohyas_names_with_any_alpha(run, state, tmp_path, alpha):
+    """The scale is alpha / rank, as in the files of web UIs and of kohya's trainer."""
+    theirs = load_file(webui(tmp_path / "it's a run"))
+    alphas = [name for name in theirs if name.endswith(".alpha")]
+    assert len(alphas) == 32 and all(name.startswith("lora_unet_") for name in theirs)
+    theirs |= {name: torch.tensor(float(alpha)) for name in alphas}
+    save_file(theirs, tmp_path / "kohya.safetensors", {"ss_network_dim": "2"})
+    same(loaded(tmp_path / "kohya.safetensors"), product(state, alpha / 2))
+    half = {name: value.half() for name, value in theirs.items()}
+    save_file(half, tmp_path / "half.safetensors")
+    found = loaded(tmp_path / "half.safetensors")
+    name = next(iter(found))
+    torch.testing.assert_close(found[name], product(state, alpha / 2)[name], atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("options, scale", [({}, 4.0), ({"use_rslora": True}, 8 / 2**0.5)])
+def test_a_folder_of_peft(state, tmp_path, options, scale):
+    """As `model.save_pretrained(folder)` writes it, with rank 2 and alpha 8."""
+    peft = pytest.importorskip("peft")
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=targets, **options)
+    model = peft.get_peft_model(make_pipeline().unet, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            key = name.replace("base_model.model.", "unet.").replace(".default.", ".")
+            if key in state:
+                parameter.copy_(state[key])
+    model.save_pretrained(tmp_path / "peft")
+    same(loaded(tmp_path / "peft"), product(state, scale))
+    same(loaded(tmp_path / "peft/adapter_model.safetensors"), product(state, scale))
+
+
+def unfinished(run, folder):
+    """The run, stopped after round 3: its checkpoint, with AdamW's tensors, and no LoRA."""
+    shutil.copytree(run, folder)
+    state = load_file(folder / LORA)
+    (folder / LORA).unlink()
+    moments = {f"exp_avg:{name}": 2 * value for name, value in state.items()}
+    moments |= {f"step:{name}": torch.tensor(3.0) for name in state}
+    write_safetensors(folder / CHECKPOINT, state | moments, {"rounds_done": 3})
+    return folder
+
+
+def test_an_unfinished_run_is_scored_by_its_checkpoint(run, state, tmp_path, capsys):
+    """With the weights and without the optimizer's tensors beside them."""
+    cut = unfinished(run, tmp_path / "cut")
+    for path in (cut, cut / CHECKPOINT):
+        same(loaded(path), product(state))
+        assert f"{path} is not finished: its LoRA after round 3" in capsys.readouterr().out
+
+
+def test_the_loras_that_a_run_kept(run, state, tmp_path):
+    """--save-every: lora-round0001.safetensors."""
+    write_safetensors(tmp_path / "lora-round0001.safetensors", state)
+    same(loaded(tmp_path / "lora-round0001.safetensors"), product(state))
+
+
+def failure(path, capsys):
+    """The one line with which a LoRA is refused."""
+    with pytest.raises(SystemExit) as stop:
+        load_lora(make_pipeline(), path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert str(path) in error
+    return error
 
 
 Q = "unet.mid.attn.to_q.lora_A.weight"
@@ -462,65 +635,78 @@ Q = "unet.mid.attn.to_q.lora_A.weight"
 @pytest.mark.parametrize(
     "tensors, header, words",
     [
-        (None, None, "no LoRA at"),
-        ({}, None, "holds no LoRA"),
-        ({"weight": torch.zeros(2)}, None, "holds no LoRA"),
-        ({"lora_unet_mid.lora_down.weight": torch.zeros(2, 2)}, None, "holds no LoRA"),
-        ({Q: torch.zeros(4)}, None, f"{Q}, of shape (4,), is no weight of a LoRA"),
-        ({Q: torch.zeros(())}, None, "of shape (), is no weight of a LoRA"),
-        ({Q: torch.zeros(0, 8)}, None, "of shape (0, 8), is no weight of a LoRA"),
-        ({Q: torch.full((2, 2), math.nan)}, None, "not finite"),
-        ({Q: torch.full((2, 2), math.inf)}, None, "not finite"),
-        ({Q: torch.zeros(2, 2)}, {"run": "{cut"}, "no LoRA at"),
-        ({Q: torch.zeros(2, 2)}, {"run": "[]"}, "its header is that of no run"),
-        (
-            {Q: torch.zeros(2, 2)},
-            {"lora_adapter_metadata": '{"unet.r": 4, "unet.lora_alpha": 8}'},
-            "is scaled by alpha / rank",
+        (None, None, "no LoRA of this model"),
+        ({}, None, "no LoRA"),
+        ({"weight": torch.zeros(2)}, None, "no LoRA"),
+        ({Q: torch.zeros(2, 2)}, {"run": "{cut"}, "no LoRA of this model"),
+        ({Q: torch.zeros(2, 2), Q.replace("_A", "_B"): torch.zeros(2, 2)}, None, "no LoRA"),
+        ({"lora_unet_mid.lora_down.weight": torch.zeros(2, 2)}, None, "no LoRA"),
+        (  # of a model without a UNet
+            {
+                "transformer.blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 8),
+                "transformer.blocks.0.attn.to_q.lora_B.weight": torch.zeros(8, 2),
+            },
+            None,
+            "holds no LoRA of a UNet",
         ),
     ],
 )
-def test_foreign_lora_files(light, capsys, tmp_path, tensors, header, words):  # noqa: F811
-    """One line before anything heavy is loaded."""
+def test_files_that_are_no_lora(capsys, tmp_path, tensors, header, words):
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity(50)  # as `load_diffusers` has it
     path = tmp_path / "other.safetensors"
     path.write_bytes(b"no tensors") if tensors is None else save_file(tensors, path, header)
-    assert words in fails(capsys, "--lora", path, "--device", "cpu")
+    assert words in failure(path, capsys)
 
 
-def test_folders_that_are_no_run_end_with_one_line(light, capsys, tmp_path):  # noqa: F811
+def test_a_lora_of_another_model_ends_with_one_line(state, capsys, tmp_path):
+    """Of a wider one."""
+    wide = {name: v.repeat(1, 2) if "_A" in name else v for name, v in state.items()}
+    write_safetensors(tmp_path / "wide.safetensors", wide)
+    assert "no LoRA of this model at" in failure(tmp_path / "wide.safetensors", capsys)
+
+
+def test_a_place_without_a_lora_ends_with_one_line(capsys, tmp_path):
+    assert "no LoRA of this model at nowhere" in failure("nowhere", capsys)
     (tmp_path / "folder").mkdir()
-    assert "no LoRA at" in fails(capsys, "--lora", tmp_path / "folder", "--device", "cpu")
-    write_run(tmp_path / "cut")
-    wanted = "has no finished round yet: python train.py --resume"
-    assert wanted in fails(capsys, "--lora", tmp_path / "cut", "--device", "cpu")
-    (tmp_path / "cut/checkpoint.safetensors").write_bytes(b"cut")
-    assert "no LoRA at" in fails(capsys, "--lora", tmp_path / "cut", "--device", "cpu")
+    error = failure(tmp_path / "folder", capsys)
+    assert f"folder/{LORA}" in error and "--resume" not in error
+    write_run(tmp_path / "it's cut")
+    error = failure(tmp_path / "it's cut", capsys)
+    wanted = f"""no round is finished, python train.py --resume '{tmp_path}/it'"'"'s cut'"""
+    assert wanted in error
+    (tmp_path / "it's cut" / CHECKPOINT).write_bytes(b"cut")
+    assert "no LoRA of this model" in failure(tmp_path / "it's cut", capsys)
 
 
-def test_an_unfinished_run_is_scored_by_its_checkpoint(no_clip, run, tmp_path, capsys):
-    """With the weights and without the optimizer's tensors beside them."""
-    argv = ["--no-base", "--prompt", "cat", "--images", 2, "--device", "cpu", "--lora"]
-    run_main(*argv, run, "--out", tmp_path / "a")
-    cut = tmp_path / "cut"
-    shutil.copytree(run, cut)
-    lora = cut / "pytorch_lora_weights.safetensors"
-    state, _ = evaluation.read_safetensors(lora)
-    lora.unlink()
-    moments = {f"exp_avg:{name}": 2 * value for name, value in state.items()}
-    write_safetensors(cut / "checkpoint.safetensors", state | moments, {"rounds_done": 3})
-    capsys.readouterr()
-    run_main(*argv, cut, "--out", tmp_path / "b")
-    assert f"{cut} is not finished: its LoRA after round 3" in capsys.readouterr().out
-    one, two = (json.loads((tmp_path / n / "scores.json").read_text())["results"] for n in "ab")
-    assert one[run]["scores"] == two[str(cut)]["scores"]
+@pytest.mark.xfail(reason="Pipeline.cache keeps the base's embeddings, silently", strict=True)
+def test_a_lora_of_the_text_encoder_counts_beside_the_base(no_clip, random_folder, state, tmp_path):
+    """Kohya's files have one: the prompts are not those that the base has embedded."""
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.v_proj.lora_A.weight"
+    draw = torch.Generator().manual_seed(0)
+    text = {layer: torch.randn(2, 32, generator=draw)}
+    text[layer.replace("_A", "_B")] = torch.randn(32, 2, generator=draw)
+    write_safetensors(tmp_path / "both.safetensors", state | text)
+    argv = ["--model", random_folder, "--T", 2, "--prompt", "cat", "--device", "cpu"]
+    argv += ["--lora", tmp_path / "both.safetensors", "--images", 1]
+    run_main(*argv, "--out", tmp_path / "a")
+    run_main(*argv, "--no-base", "--out", tmp_path / "b")
+    one, two = (results(tmp_path / n)[f"{tmp_path}/both.safetensors"] for n in "ab")
+    assert one["scores"] == two["scores"]
 
 
-def test_a_lora_of_another_model_ends_with_one_line(no_clip, random_folder, capsys, tmp_path):
-    state = {Q: torch.zeros(4, 8), Q.replace("_A", "_B"): torch.zeros(8, 4)}
-    write_safetensors(tmp_path / "other.safetensors", state)
-    argv = ["--lora", tmp_path / "other.safetensors", "--model", random_folder, "--no-base"]
+def test_the_command_reads_a_lora_of_another_model_as_one_line(
+    no_clip, random_folder, state, capsys, tmp_path
+):
+    wide = {name: v.repeat(1, 2) if "_A" in name else v for name, v in state.items()}
+    write_safetensors(tmp_path / "wide.safetensors", wide)
+    argv = ["--lora", tmp_path / "wide.safetensors", "--model", random_folder, "--no-base"]
     error = fails(capsys, *argv, "--prompt", "cat", "--device", "cpu", "--out", tmp_path / "out")
-    assert "other.safetensors: this LoRA is of another model" in error
+    assert "no LoRA of this model at" in error
+
+
+# ---------------------------------------------------------------- how it ends
 
 
 def test_a_reward_that_fails_ends_with_one_line(random_folder, capsys, tmp_path):
@@ -531,12 +717,24 @@ def test_a_reward_that_fails_ends_with_one_line(random_folder, capsys, tmp_path)
     assert "bad.py:score returned a Tensor" in error and "(1, 3, 32, 32)" in error
 
 
+def test_pictures_that_are_not_finite_are_never_scored(no_clip, random_folder, capsys, tmp_path):
+    """A LoRA that holds NaN, as one of a run that diverged."""
+    trained = make_small()
+    inject_lora(trained.policy.unet, 2)
+    for parameter in lora_parameters(trained.policy.unet).values():
+        parameter.data.fill_(math.nan)
+    write_safetensors(tmp_path / "nan.safetensors", lora_state(trained.policy.unet))
+    argv = ["--model", random_folder, "--T", 2, "--prompt", "cat", "--device", "cpu"]
+    argv += ["--lora", tmp_path / "nan.safetensors", "--images", 2, "--out", tmp_path / "out"]
+    assert "2 of 2 latents are not finite" in fails(capsys, *argv)
+
+
 def test_a_full_disk_and_ctrl_c_end_with_one_line(light, monkeypatch, capsys):  # noqa: F811
     def stopped(problem):
         def stop(*_):
             raise problem
 
-        monkeypatch.setattr(evaluation, "load_model", stop)
+        monkeypatch.setattr(evaluation, "load_pipeline", stop)
         with pytest.raises(SystemExit) as end:
             run_main("--model", "none", "--prompt", "cat", "--device", "cpu", "--out", "out")
         return end.value.code, capsys.readouterr().err
