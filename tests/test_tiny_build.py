@@ -544,7 +544,7 @@ class Pipe:
     """Draws the prompt's length and the noise's seed."""
 
     def __call__(self, prompts, generator, num_inference_steps, output_type, **settings):
-        assert len(prompts) == len(generator) and num_inference_steps == 20
+        assert len(prompts) == len(generator) <= 60 and num_inference_steps == 20
         assert settings == {"eta": 1.0, "guidance_scale": 5.0} and output_type == "pt"
         self.images = torch.zeros(len(prompts), 3, 64, 64)
         self.images[:, 0] = torch.tensor([len(p) for p in prompts])[:, None, None]
@@ -552,7 +552,7 @@ class Pipe:
         return self
 
 
-def test_samples_have_noise_of_their_own():
+def test_samples_have_noise_of_their_own_whatever_the_batch():
     prompts = ["x" * n for n in range(1, 31)]
     images, owner = bars.sampled(Pipe(), prompts, 61)
     assert owner == prompts * 3 and images.shape == (90, 3, 64, 64)

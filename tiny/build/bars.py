@@ -6,7 +6,6 @@ paper's T, eta and guidance. Pictures are (B, 3, 64, 64) in [0, 1]. The number b
 bar groups them, see README.md.
 """
 
-import functools
 import itertools
 import math
 
@@ -83,7 +82,9 @@ def sampled(pipe, prompts, count, seed=1000):
     owner = list(prompts) * math.ceil(count / len(prompts))
     noise = [torch.Generator().manual_seed(seed + k) for k in range(len(owner))]
     settings = dict(num_inference_steps=20, eta=1.0, guidance_scale=5.0, output_type="pt")
-    return pipe(owner, generator=noise, **settings).images.cpu(), owner
+    batches = [slice(k, k + 60) for k in range(0, len(owner), 60)]
+    images = [pipe(owner[b], generator=noise[b], **settings).images.cpu() for b in batches]
+    return torch.cat(images), owner
 
 
 def base_rates(pipe, judge, count, seed):
@@ -111,21 +112,21 @@ def share(bar, right, low, high):
     return bar, 100 * right.float().mean().item(), len(right), low, high
 
 
-def of_drawings(vae, score, judge):
+def of_drawings(vae, clip, judge):
     """Bars 1 and 2: what the autoencoder, CLIP and the judge make of held-out drawings."""
     all_errors = []
     for template, low in (("1", 95), ("2", 90), ("3", 85)):
         prompts = LISTS[f"{template} train"] + LISTS[f"{template} unseen"]
         images, owner, errors = drawn(prompts, vae)
         all_errors.append(errors)
-        nearest = [prompts[k] for k in score(images, prompts).argmax(1)]
+        nearest = [prompts[k] for k in clip_scores(*clip, images, prompts).argmax(1)]
         right = torch.tensor([parse(a) == parse(b) for a, b in zip(nearest, owner)])
         yield share(f"2 CLIP, template {template}", right, low, 100)
         yield share(f"2 judge, template {template}", recognise(judge, images, owner), low, 100)
         for cue, size in (("fact", "big"), ("small", "small"), ("tiny", "tiny")):
             name = f"{size} cue, template {template}"
             right, wrong, owner = cue_pairs(prompts, vae, cue, PAIRS)
-            prefers = (score(right, owner) > score(wrong, owner)).diag()
+            prefers = (clip_scores(*clip, right, owner) > clip_scores(*clip, wrong, owner)).diag()
             yield share(f"2 CLIP prefers the right {name}", prefers, 95, 100)
             yield share(f"2 judge takes a wrong {name}", recognise(judge, wrong, owner), 0, 5)
     images, owner = spoiled(vae, PAIRS)
@@ -170,12 +171,12 @@ def check(folder, device, grid):
     pipe = StableDiffusionPipeline.from_pretrained(str(folder)).to(device)
     pipe.set_progress_bar_config(disable=True)
     name = f"local-dir:{folder.resolve() / 'clip'}"
-    clip = open_clip.create_model(name).eval().to(device)
-    score = functools.partial(clip_scores, clip, open_clip.get_tokenizer(name))
+    model = open_clip.create_model(name).eval().to(device)
+    clip = (model, open_clip.get_tokenizer(name))
     judge = load_judge(folder / "judge").to(device)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
     tiles = []
-    rows = [of_drawings(pipe.vae, score, judge), of_samples(pipe, judge, tiles)]
+    rows = [of_drawings(pipe.vae, clip, judge), of_samples(pipe, judge, tiles)]
     rows.append([("10 size of the folder, MiB", size, 1, 0, 30)])
     all_met = True
     print(f"{'bar':<52} {'value':>7}  {'n':>5}  {'wanted':<14} met")
