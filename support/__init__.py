@@ -8,3 +8,4 @@ value that you have set wins. It must be there before torch is imported.
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("MPLBACKEND", "Agg")  # pictures go to files, never to a window

@@ -207,10 +207,7 @@ def save_grid(path, images, columns):
 
 
 def pyplot():
-    """matplotlib without a window."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """matplotlib, imported where a picture needs it; `support` sets a backend without a window."""
     import matplotlib.pyplot as plt
 
     return plt
@@ -235,8 +232,7 @@ def before_after(folder, name, prompts, before, after, workers=1):
     places = first[:: max(1, len(first) // COLUMNS)][:COLUMNS]
     columns = min(len(drawn), COLUMNS)
     rows = math.ceil(len(drawn) / COLUMNS)
-    size = (1.5 * COLUMNS, 3.6)
-    figure, axes = pyplot().subplots(2, COLUMNS, figsize=size, squeeze=False)
+    figure, axes = pyplot().subplots(2, COLUMNS, figsize=(13.5, 3.6))
     for row, (when, scores) in enumerate({"before": before, "after": after}.items()):
         grid = Image.open(folder / f"grids/{when}-{name}.png")
         width, height = (grid.width - 4) // columns, (grid.height - 4) // rows
@@ -248,9 +244,7 @@ def before_after(folder, name, prompts, before, after, workers=1):
             if row == 0:
                 ax.set_title(textwrap.fill(prompts[drawn[place]], 14), fontsize=9)
             if scores["recognised"] and scores["recognised"][drawn[place]]:
-                ax.text(
-                    0.95, 0.05, "\u2713", transform=ax.transAxes, ha="right", color="g", fontsize=16
-                )
+                ax.text(0.95, 0.05, "\u2713", transform=ax.transAxes, ha="right", color="g")
         axes[row, 0].text(-0.1, 0.5, when, transform=axes[row, 0].transAxes, ha="right")
     save_figure(figure, folder / "before-after.png")
 

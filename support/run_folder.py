@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from support.command import Stop, die
+from support.command import Stop, die, first_line
 from support.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +61,7 @@ def reading(path):
     try:
         yield
     except Exception as problem:
-        reason = f"{type(problem).__name__}: {problem}"
+        reason = first_line(problem)
         die(f"{path} is damaged or of another version ({reason}): restore it, or start anew")
 
 
@@ -189,8 +189,7 @@ def open_folder(cfg, mark, saved, worker):
     saved: what `read_checkpoint` read. The round from which on a reward has other code is
     noted; the id of a Weights & Biases run is kept.
     """
-    folder = Path(cfg.out)
-    _, header = saved
+    folder, header = Path(cfg.out), saved[1]
     if worker != 0:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
