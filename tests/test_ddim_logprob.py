@@ -235,6 +235,17 @@ def test_the_gradient_weighs_the_halves_of_the_guidance_by_g_and_one_minus_g(gui
     assert uncond.grad.flatten().tolist() == pytest.approx([3 * 16 * (1 - guidance)])
 
 
+def test_guidance_of_a_half_precision_unet_is_float32():
+    """The difference of the halves is small, and guidance makes its rounding larger."""
+    x, schedule = torch.zeros(1, 4, 2, 2), make_schedule(scheduler(), 6)
+    cond, uncond = torch.full((2, 1, 1, 1), 1.0).bfloat16()
+    cond += 2**-7
+    out = guided_prediction(Echo(), schedule, x, 2, cond, uncond, 7.3)
+    assert out.dtype == torch.float32
+    assert out.flatten().tolist() == pytest.approx([1 + 7.3 / 128] * 16, rel=1e-6)
+    assert guided_prediction(Echo(), schedule, x, 2, cond, uncond, 1).dtype == torch.float32
+
+
 def test_the_gradient_of_the_policy_flows_through_both_halves(policy):
     """d mu / d LoRA by the chain rule over two calls of the UNet, each of one half."""
     x, direction, t = noise((2, 4, 8, 8), "x"), noise((2, 4, 8, 8), "direction"), 3
