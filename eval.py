@@ -34,7 +34,7 @@ from support.pipeline import load_pipeline, tiny_folder
 from support.processes import all_sum
 from support.prompts import load_prompts
 from support.report import COLUMNS, GRID, save_grid
-from support.run_folder import CHECKPOINT, LORA, paste, read_config, read_json, read_safetensors
+from support.run_folder import CHECKPOINT, LORA, read_config, read_json, read_safetensors
 from support.run_folder import reading, write_json
 
 LABELS = {"clip": "CLIPScore", "bert": "BERTScore"}
@@ -178,10 +178,7 @@ def load_lora(pipe, path):
         else:
             pipe.load_lora_weights(state)
     except Exception as problem:  # of three libraries
-        again = ""
-        if not file.exists() and Path(path, "config.json").exists():
-            again = ": no round is finished, " + paste("python", "train.py", "--resume", path)
-        die(f"no LoRA of this model at {file} ({first_line(problem)}){again}")
+        die(f"no LoRA of this model at {file} ({first_line(problem)}): is a round finished?")
     if not pipe.get_active_adapters():
         die(f"{file} holds no LoRA of a UNet")
 
@@ -335,6 +332,7 @@ def run(args):
     for name in models:
         if name in args.lora:
             load_lora(pipeline.pipe, name)
+            pipeline.cache.clear()  # the LoRA may be of the text encoder, too
         results[name], pictures = score_model(pipeline, rewards, clip, judge, prompts, args)
         rows.append(pictures.unflatten(0, (args.images, len(prompts))))  # (number, prompt, ...)
     print_table(results)

@@ -97,5 +97,4 @@ def webui_state(state):
     """`lora_state` under the names that AUTOMATIC1111, ComfyUI and others read."""
     from diffusers.utils import convert_state_dict_to_kohya
 
-    converted = convert_state_dict_to_kohya(dict(state))
-    return {k: v.float() for k, v in converted.items()}
+    return {k: v.float() for k, v in convert_state_dict_to_kohya(dict(state)).items()}

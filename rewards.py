@@ -230,14 +230,15 @@ def import_file(path):
     and Python's keep their names. A file that is called like one of these is imported as
     folder.file.
     """
-    sys.path.append(str(path.parent))
-    found = importlib.util.find_spec(path.stem)
-    if found and found.origin == str(path):
-        return importlib.import_module(path.stem)
-    sys.path.append(str(path.parent.parent))
-    name = f"{path.parent.name}.{path.stem}"
-    print(f"{path.name} is called like another module, so it is imported as {name}.")
-    return importlib.import_module(name)
+    sys.path += [str(path.parent), str(path.parent.parent)]
+    name = path.stem
+    if importlib.util.find_spec(name).origin != str(path):
+        name = f"{path.parent.name}.{name}"
+        print(f"{path.name} is called like another module, so it is imported as {name}.")
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def own_reward(name):
@@ -247,10 +248,10 @@ def own_reward(name):
     """
     path, function = split_name(name)
     reward = getattr(guarded(name, import_file, path), function, None)
+    if inspect.isclass(reward) or callable(reward) and not inspect.signature(reward).parameters:
+        reward = guarded(name, reward)
     if not callable(reward):
-        die(f"reward {name}: {path} has no function {function}")
-    if inspect.isclass(reward) or not inspect.signature(reward).parameters:
-        return guarded(name, reward)
+        die(f"reward {name}: {function} of {path} is no function, and builds none")
     return reward
 
 

@@ -83,7 +83,7 @@ SETTINGS = (
     ("sample_batch", 8, 128, "states a sampling call [Table 6]"),
     ("micro_batch", 2, 128, "states a training call [Table 6]"),
     ("decode_batch", 8, 64, "pictures decoded at once"),
-    ("eval_images", 1, 2, "pictures a prompt, before, after"),
+    ("eval_images", 1, 2, "pictures a prompt"),
     ("grid_every", 10, 5, "rounds between grids"),
     ("save_every", 0, 0, "rounds between kept LoRAs"),
 )
@@ -131,8 +131,11 @@ def parse_args(argv):
     if "resume" not in given:
         return check(fill_in(argparse.Namespace(**settings), given))
     with run_folder.reading(Path(given["resume"]) / "config.json"):
-        settings |= run_folder.resumed_settings(given, given["resume"], defaults)
-        return check(fill_in(argparse.Namespace(**settings), given))
+        config = run_folder.read_config(given["resume"])
+        settings |= {k: v for k, v in config.items() if k in defaults} | given
+        args = fill_in(argparse.Namespace(**settings), given)
+        run_folder.refuse_changes(config, args, given)
+        return check(args)
 
 
 def fill_in(args, given):
@@ -190,13 +193,12 @@ def check(args):
 # ---------------------------------------------------------------- parts of a round
 
 
-def score(pipeline, reward, judge, x_0, roots):
+def score(pipeline, reward, judge, x_0, roots, K):
     """The reward of Eq. 2: scores of all processes' pictures (P, K), and metrics by name.
 
     x_0: (Q, K, C, h, w) of the own roots. judge: of the tiny model, or None; it is
-    shown, never trained on.
+    asked, never trained on.
     """
-    K = x_0.shape[1]
     found = torch.zeros(2, len(roots.prompts), K)  # scores, and what the judge says
     prompts = [prompt for prompt in roots.own_prompts for _ in range(K)]
     x_0 = x_0.flatten(0, 1)
@@ -349,7 +351,7 @@ def algorithm_1(cfg):
         # The reward sees finished pictures alone and names no step: it is sparse. r_hat says
         # how good a picture is for its prompt, so that hard prompts do not count as bad ones
         clock.start("reward")
-        scores, metrics = score(pipeline, reward, judge, x[:, :, -1], roots)  # (P, K)
+        scores, metrics = score(pipeline, reward, judge, x[:, :, -1], roots, cfg.branches)
         r_hat = normalise(i, roots.prompts, scores)  # App. D.1
         kept = select_all(r_hat) if cfg.no_bs else select_pairs(r_hat, cfg.threshold)  # Eq. 5
         if cfg.algo == "dpo":

@@ -163,7 +163,7 @@ def load_diffusers(model, dtype=torch.float32, config=None):
         hint = "Is the name or folder right and the hub reachable?"
         if name.endswith(".safetensors") and not config:
             hint = "Its configs come from the hub; without it: --model-config FOLDER of that model."
-        if any(Path(name).glob("unet/*.bin")) and not any(Path(name).glob("unet/*.safetensors")):
+        if any(Path(name).glob("*/*.bin")):
             hint = "Its weights are pickles (.bin), which can run code: convert to .safetensors."
         die(f"cannot load {model}: {first_line(problem)}. {hint} The bundled model: --model tiny")
 
@@ -240,6 +240,10 @@ def load_pipeline(args, device):
     unet = pipe.unet.config
     if unet.addition_embed_type or unet.in_channels != unet.out_channels:
         die(f"{args.model} is an SDXL, inpainting or other model that needs more than text")
+    if any(weight.is_meta for weight in pipe.text_encoder.parameters()):
+        die(f"{args.model}: the text_encoder lacks weights")
+    if len(pipe.tokenizer) < pipe.text_encoder.config.vocab_size:
+        die(f"{args.model}: the tokenizer lacks words, so a file of it is missing")
     if args.base_lora:
         fuse_lora(pipe, args.base_lora)
     pipe.scheduler = ddim_scheduler(pipe.scheduler, args.prediction_type)

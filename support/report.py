@@ -294,6 +294,5 @@ def last_lines(folder, rows, prompt):
     """What a finished run prints."""
     lines = ["", "Scores before and after, same noise:", *rows] if rows else []
     lines.append(f"Pictures: {folder}/before-after.png, grids/")
-    lines.append(f"Curves: {paste('python', 'studies/curves.py', '--runs', folder)}")
     lines.append(f"Draw: {paste('python', 'eval.py', '--lora', folder, '--prompt', prompt)}")
     return "\n".join(lines)

@@ -138,20 +138,17 @@ def read_config(folder):
     return config
 
 
-def resumed_settings(given, folder, known):
-    """The settings of the run in `folder`, with those of the flags `given` that may differ.
+def refuse_changes(config, args, given):
+    """End with one line if a flag `given` beside --resume says other than the run's config.
 
-    known: the names of all settings. Flags that say the same as the run are fine, so the
-    command that began it resumes it with --resume RUN added.
+    Flags that say the same are fine, so the command that began a run resumes it with
+    --resume RUN added. args: all settings, filled in.
     """
-    config = {k: v for k, v in read_config(folder).items() if k in known}
-    for name, value in given.items():
-        own_reward = name == "reward" and ":" in value
-        if name in WITH_RESUME or own_reward or config.get(name, value) == value:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        die(f"{folder} has {flag} {config[name]}, not {value}: leave it out, or start anew")
-    return config | given
+    for name in given.keys() - {*WITH_RESUME}:
+        old, new = config.get(name), getattr(args, name)
+        own_reward = name == "reward" and ":" in new
+        if name in config and old != new and not own_reward:
+            die(f"{args.resume} has {name} {old}, not {new}: leave it out, or start anew")
 
 
 def fingerprint(cfg, reward_code):
@@ -176,7 +173,7 @@ def check_new(folder):
     """
     if os.environ.get("RANK", "0") != "0" or not os.path.isdir(folder):
         return
-    found = os.listdir(folder)
+    found = [name for name in os.listdir(folder) if not name.endswith(".part")]
     if found and "config.json" not in found:
         die(f"{folder} holds files that are no run's: take another --out")
     if "before.json" in found or CHECKPOINT in found:
