@@ -179,7 +179,7 @@ def grey(monkeypatch):
     calls = []
 
     def evaluated(pipeline, rewards, prompts, each, judge=None, worker=0, workers=1, seed=()):
-        calls.append((prompts, each, worker, workers, list(pipeline.lora_on)))
+        calls.append((prompts, each, worker, workers))
         n = len(prompts) * each
         numbers = [len(calls) + j / 100 for j in range(n)]
         pictures = torch.linspace(0, 1, n).view(n, 1, 1, 1).expand(n, 3, 128, 128)
@@ -205,7 +205,7 @@ class Layers(list):
 
 def test_scores_before_are_read_again_only_where_all_is_there(grey, tmp_path, capsys):
     """Of a resumed run: the scores, and a grid of each list."""
-    pipeline = SimpleNamespace(policy=Layers(), lora_on=[])
+    pipeline = SimpleNamespace(policy=Layers())
     lists = {"train": PROMPTS, "unseen": ["fox"]}
     cfg = SimpleNamespace(resume=None, eval_images=2)
     before = lambda run: evaluation.scores_before(run, cfg, pipeline, None, None, lists)
@@ -213,7 +213,7 @@ def test_scores_before_are_read_again_only_where_all_is_there(grey, tmp_path, ca
     assert want == read_json(tmp_path / "before.json") and list(want) == ["train", "unseen"]
     assert want["train"]["score"] == [1, 1.01, 1.02, 1.03, 1.04, 1.05]
     assert want["unseen"] == {"score": [2, 2.01], "recognised": None}
-    assert [call[:4] for call in grey] == [(PROMPTS, 2, 0, 2), (["fox"], 2, 0, 2)]
+    assert grey == [(PROMPTS, 2, 0, 2), (["fox"], 2, 0, 2)]
     names = {path.name for path in (tmp_path / "grids").iterdir()}
     assert names == {"before-train.png", "before-unseen.png"}
     before(a_run(tmp_path))
@@ -250,7 +250,7 @@ def test_the_base_model_is_drawn_without_the_lora(small, tmp_path, monkeypatch):
 
 
 def test_the_first_process_alone_writes(grey, tmp_path):
-    pipeline = SimpleNamespace(lora_on=[])
+    pipeline = SimpleNamespace()
     evaluation.draw_lists(a_run(tmp_path, 1), pipeline, None, None, {"train": PROMPTS}, 1, "after")
     assert not list((tmp_path / "grids").iterdir()) and not (tmp_path / "after.json").exists()
     assert grey[0][2:4] == (1, 2)
@@ -335,7 +335,7 @@ def test_main_scores_base_and_lora_on_the_same_noise(no_clip, run, trained, tmp_
 def test_a_list_is_shown_from_all_over(monkeypatch, grey, random_folder, tmp_path):
     """A row a model, nine columns: every second of 20 prompts, number 0 of each."""
     (tmp_path / "p.txt").write_text("".join(f"cat {'x' * n}\n" for n in range(20)))
-    pipeline = SimpleNamespace(pipe=None, lora_on=[])
+    pipeline = SimpleNamespace(pipe=None, cache={})
     monkeypatch.setattr(evaluation, "load", lambda *rest: (pipeline, {"clip": None}, None, None))
     monkeypatch.setattr(evaluation, "load_lora", lambda *rest: None)
     argv = ["--prompts", tmp_path / "p.txt", "--model", "none", "--lora", "x", "--device", "cpu"]
@@ -594,6 +594,21 @@ def test_a_folder_of_peft(state, tmp_path, options, scale):
     same(loaded(tmp_path / "peft/adapter_model.safetensors"), product(state, scale))
 
 
+@pytest.mark.xfail(reason="the header's alpha is dropped: a wrong scale, silently", strict=True)
+def test_a_file_of_diffusers_own_scripts_has_its_alpha_in_the_header(state, tmp_path):
+    """As `save_lora_weights(..., unet_lora_adapter_metadata=...)` writes it: rank 2, alpha 8."""
+    alpha = {"unet.r": 2, "unet.lora_alpha": 8, "unet.target_modules": ["to_q", "to_k"]}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(alpha)}
+    (tmp_path / "trained").mkdir()
+    save_file(state, tmp_path / "trained" / LORA, header)
+    pipe = make_pipeline()
+    pipe.load_lora_weights(tmp_path / "trained")
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    theirs = weights(pipe.unet, module)
+    torch.testing.assert_close(theirs, product(state, 4)[module], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loaded(tmp_path / "trained")[module], theirs, atol=1e-5, rtol=1e-4)
+
+
 def unfinished(run, folder):
     """The run, stopped after round 3: its checkpoint, with AdamW's tensors, and no LoRA."""
     shutil.copytree(run, folder)
@@ -670,17 +685,15 @@ def test_a_lora_of_another_model_ends_with_one_line(state, capsys, tmp_path):
 def test_a_place_without_a_lora_ends_with_one_line(capsys, tmp_path):
     assert "no LoRA of this model at nowhere" in failure("nowhere", capsys)
     (tmp_path / "folder").mkdir()
-    error = failure(tmp_path / "folder", capsys)
-    assert f"folder/{LORA}" in error and "--resume" not in error
-    write_run(tmp_path / "it's cut")
-    error = failure(tmp_path / "it's cut", capsys)
-    wanted = f"""no round is finished, python train.py --resume '{tmp_path}/it'"'"'s cut'"""
-    assert wanted in error
-    (tmp_path / "it's cut" / CHECKPOINT).write_bytes(b"cut")
-    assert "no LoRA of this model" in failure(tmp_path / "it's cut", capsys)
+    assert f"folder/{LORA}" in failure(tmp_path / "folder", capsys)
+    write_run(tmp_path / "cut")
+    assert failure(tmp_path / "cut", capsys).endswith("): is a round finished?\n")
+    (tmp_path / "cut" / CHECKPOINT).write_bytes(b"cut")
+    assert f"no LoRA of this model at {tmp_path}/cut/{CHECKPOINT}" in failure(
+        tmp_path / "cut", capsys
+    )
 
 
-@pytest.mark.xfail(reason="Pipeline.cache keeps the base's embeddings, silently", strict=True)
 def test_a_lora_of_the_text_encoder_counts_beside_the_base(no_clip, random_folder, state, tmp_path):
     """Kohya's files have one: the prompts are not those that the base has embedded."""
     layer = "text_encoder.text_model.encoder.layers.0.self_attn.v_proj.lora_A.weight"

@@ -257,25 +257,27 @@ def test_a_file_called_like_another_module(write, name, tmp_path, capsys):
 
 
 def test_two_files_of_one_name_are_two_rewards(write):
-    """In different folders, as two metrics of eval.py; two functions of a file are one module."""
-    text = (
-        "calls = 0\n\ndef f(x, p):\n    global calls\n    calls += 1\n    return [{} + calls] * 3"
-    )
-    text += "\n\ng = f"
-    one, two = (write(f"{n}/mine.py", text.format(n)) for n in (10, 20))
-    assert called(f"{one}:f")[0] == 11 and called(f"{two}:f")[0] == 21
-    assert called(f"{one}:g")[0] == 12 and called(f"{two}:g")[0] == 22
+    """As two metrics of eval.py; their folders may have one name, too."""
+    for name in ("mine.py", "my/rewards.py"):
+        names = [write(f"{n}/{name}", f"n = {n}\nf = lambda x, p: [n] * 3") for n in (10, 20)]
+        first, second = (load_reward(f"{path}:f") for path in names)
+        assert first(IMAGES, PROMPTS)[0] == 10 and second(IMAGES, PROMPTS)[0] == 20
 
 
-@pytest.mark.xfail(reason="the second file gets the module of the first, silently", strict=True)
-def test_two_files_of_one_name_in_folders_of_one_name(write):
-    names = [write(f"{n}/my/rewards.py", f"f = lambda x, p: [{n}] * 3") for n in (10, 20)]
-    assert [called(f"{name}:f")[0].item() for name in names] == [10, 20]
+@pytest.mark.xfail(reason="the second load takes the name of the first away", strict=True)
+def test_two_functions_of_a_file_with_a_pool(write):
+    path = write("mine.py", POOL + "\n\nagain = spawn\n")
+    first, second = (load_reward(f"{path}:{name}") for name in ("spawn", "again"))
+    torch.testing.assert_close(second(IMAGES, PROMPTS), BRIGHTNESS / 2)
+    torch.testing.assert_close(first(IMAGES, PROMPTS), BRIGHTNESS / 2)
 
 
-@pytest.mark.xfail(reason="folder.file is no name of a module there: a traceback", strict=True)
-@pytest.mark.parametrize("name", ["rewards/rewards.py", "v1.0/rewards.py", "support/rewards.py"])
-def test_a_file_called_like_ours_in_any_folder(write, name):
+PLACES = ["rewards/rewards.py", "v1.0/rewards.py", "support/rewards.py", "my-rewards/my-reward.py"]
+DOTTED = pytest.param("my.reward.py", marks=pytest.mark.xfail(reason="no module my", strict=True))
+
+
+@pytest.mark.parametrize("name", [*PLACES, DOTTED])
+def test_a_file_may_lie_anywhere_and_have_any_name(write, name):
     assert called(write(name, "f = lambda x, p: [5] * 3") + ":f").tolist() == [5, 5, 5]
 
 
@@ -302,7 +304,7 @@ def test_the_users_modules_do_not_take_the_place_of_ours(write, tmp_path):
     write("json.py", "1 / 0")
     text = "import json, lora\n\ndef score(images, prompts):\n    return [len(json.dumps([]))] * 3"
     assert called(write("mine.py", text) + ":score").tolist() == [2, 2, 2]
-    assert sys.path[-1] == str(tmp_path) and sys.path[0] != str(tmp_path)
+    assert str(tmp_path) in sys.path[-2:] and sys.path[0] != str(tmp_path)
 
 
 def test_what_the_file_sets_while_it_is_imported_holds_in_its_calls(write):
@@ -482,8 +484,6 @@ def test_a_file_that_does_not_run_shows_its_lines_and_ends(tmp_path, capsys, tex
         ("x" * 300, "unknown --reward xxx"),
         ("x" * 300 + ".py:score", "there is no file"),
         ("{folder}:score", "there is no file"),
-        ("{own}:", "'' is no function's name"),
-        ("{own}:a b", "'a b' is no function's name"),
         ("{own}", "or your own as file.py:function"),
     ],
 )
@@ -494,10 +494,15 @@ def test_a_name_is_refused_without_loading(write, tmp_path, name, words, capsys)
     assert error_of(name, capsys) == f"error: {check_reward_name(name)}"
 
 
-@pytest.mark.parametrize("function", ["absent", "number"])
-def test_a_missing_function_ends_with_one_line(write, function, capsys):
+@pytest.mark.parametrize(
+    "function", ["absent", "number", "", "a b", "builds_none", "builds_number"]
+)
+def test_what_is_no_reward_ends_with_one_line(write, function, capsys):
+    """Also where the return of the inner function is forgotten, or a function's arguments."""
     path = write("mine.py", BROKEN)
-    wanted = f"error: reward {path}:{function}: {path} has no function {function}"
+    wanted = (
+        f"error: reward {path}:{function}: {function} of {path} is no function, and builds none"
+    )
     assert error_of(f"{path}:{function}", capsys) == wanted
 
 
@@ -510,15 +515,6 @@ def test_ctrl_c_and_out_of_memory_stay_themselves(write, kind, capsys):
     with pytest.raises(eval(kind)):
         load_reward(write("now.py", f"import torch\n{raises}\n") + ":score")
     assert not capsys.readouterr().err
-
-
-@pytest.mark.xfail(reason="a traceback of ours", raises=TypeError, strict=True)
-@pytest.mark.parametrize("function", ["builds_none", "builds_number"])
-def test_a_function_that_builds_no_reward_ends_with_one_line(write, function):
-    """The return of the inner function is forgotten, or the function's arguments."""
-    path = write("mine.py", BROKEN)
-    with pytest.raises((Stop, SystemExit)):
-        load_reward(f"{path}:{function}")
 
 
 # ---------------------------------------------------------------- the mark of its code
