@@ -7,8 +7,7 @@ over seeds. The spread within a prompt is divided by that of the first round. Do
 between methods with and without BS: pictures of a root are alike, less so as tau grows.
 
 The table has each method less the first one, by seed: equal seeds begin with the same LoRA and
-draw from the same noise, before and after too. +- is the standard error over seeds and pictures;
-of one seed, over pictures.
+draw from the same noise, before and after too. ± is the standard error over seeds.
 """
 
 import sys
@@ -142,31 +141,14 @@ def draw(panels, path):
     save_figure(figure, path)
 
 
-def two_way(differences):
-    """Mean and standard error of differences (S, n) of S seeds on the same n pictures.
-
-    Both are random. The variance of the mean is that of the seeds' means / S plus that
-    of the pictures' means / n, less what is in both: the rest's / (S n).
-    """
-    (S, n), mean = differences.shape, differences.mean()
-    of_seed, of_picture = differences.mean(1), differences.mean(0)
-    rest = ((differences - of_seed[:, None] - of_picture + mean) ** 2).sum()
-    seed = of_seed.var(ddof=1) / S if S > 1 else 0.0
-    picture = of_picture.var(ddof=1) / n if n > 1 else 0.0
-    both = rest / max(1, (S - 1) * (n - 1)) / (S * n)
-    return mean, max(seed, picture, seed + picture - both) ** 0.5
-
-
 def measures(folder, lines):
-    """{what: (n,)} of a run: the mean over its rounds, and the gains of n pictures."""
+    """What a run is compared by: {what: number}, means over its rounds and gains at the end."""
     found = {}
     for what in ("reward_mean", "recognised"):
         if all(what in line for line in lines):
-            found[f"{what} of all rounds"] = np.mean([[line[what] for line in lines]], 1)
-    before = read_json(folder / "before.json") or {}
-    for name, of_list in (read_json(folder / "after.json") or {}).items():
-        for what in (what for what, scores in of_list.items() if scores):
-            found[f"gain in {name} {what}"] = np.subtract(of_list[what], before[name][what])
+            found[f"{what}, all rounds"] = np.mean([line[what] for line in lines])
+    for name, gained in (read_json(folder / "summary.json") or {}).items():
+        found[f"gain, {name.replace('_', ' ')}"] = gained["gain"]
     return found
 
 
@@ -175,15 +157,12 @@ def difference_rows(groups):
     rows, (first, *others) = [], groups
     for label in others:
         seeds = sorted(groups[label].keys() & groups[first].keys())
-        a = [measures(*groups[label][seed]) for seed in seeds]
-        b = [measures(*groups[first][seed]) for seed in seeds]
-        for what in a[0] if seeds else ():
-            if len({len(run.get(what, ())) for run in a + b}) > 1:
-                die(f"{what}: the runs have other pictures, so there are no pairs")
-            x, y = (np.stack([run[what] for run in runs]) for runs in (a, b))  # (S, n)
-            mean, error = two_way(x - y)
-            text = f"{mean:+.4f}" + f" +- {error:.4f}" * (x.size > 1)
-            rows.append([label, what, len(seeds), f"{x.mean():.4f}", f"{y.mean():.4f}", text])
+        pairs = [(measures(*groups[label][s]), measures(*groups[first][s])) for s in seeds]
+        for what in pairs[0][0] if pairs else ():
+            values = np.array([[its[what], of_first[what]] for its, of_first in pairs])  # (S, 2)
+            (difference,) = texts(values[:, :1] - values[:, 1:])
+            means = [f"{mean:.4f}" for mean in values.mean(0)]
+            rows.append([label, what, len(seeds), *means, difference])
     return rows
 
 
