@@ -49,7 +49,7 @@ def test_killed_again_and_again(tmp_path, random_folder, request, start):
     while len(reached) < kills:  # a run that got to its end in spite of them makes way for another
         run = tmp_path / f"killed{finished}/run"
         if len(reached) % 5 == 0:
-            write = str(moment.randint(2, 20))
+            write = str(moment.randint(1, 20)) if reached else "1"  # config.json is the first
             _, wait = go_on(run, KILLED_IN_A_WRITE.replace("NUMBER", write))
         else:  # uniform over the time of a run of two thirds: while it loads, too
             process, wait = go_on(run)

