@@ -16,7 +16,7 @@ from test_command import light, refused  # noqa: F401 (a fixture)
 import eval as evaluation
 from ddim_logprob import keyed_generator
 from eval import compare, evaluate, find_judge, inception_score, load_lora, paired_gain
-from lora import inject_lora, lora_parameters, lora_state
+from lora import TARGETS, inject_lora, lora_parameters, lora_state
 from rewards import checked
 from support.report import write_lora
 from support.run_folder import CHECKPOINT, LORA, read_json, write_json, write_safetensors
@@ -581,8 +581,7 @@ def test_kohyas_names_with_any_alpha(run, state, tmp_path, alpha):
 def test_a_folder_of_peft(state, tmp_path, options, scale):
     """As `model.save_pretrained(folder)` writes it, with rank 2 and alpha 8."""
     peft = pytest.importorskip("peft")
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=targets, **options)
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=list(TARGETS), **options)
     model = peft.get_peft_model(make_pipeline().unet, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -597,7 +596,7 @@ def test_a_folder_of_peft(state, tmp_path, options, scale):
 @pytest.mark.xfail(reason="the header's alpha is dropped: a wrong scale, silently", strict=True)
 def test_a_file_of_diffusers_own_scripts_has_its_alpha_in_the_header(state, tmp_path):
     """As `save_lora_weights(..., unet_lora_adapter_metadata=...)` writes it: rank 2, alpha 8."""
-    alpha = {"unet.r": 2, "unet.lora_alpha": 8, "unet.target_modules": ["to_q", "to_k"]}
+    alpha = {"unet.r": 2, "unet.lora_alpha": 8, "unet.target_modules": TARGETS}
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(alpha)}
     (tmp_path / "trained").mkdir()
     save_file(state, tmp_path / "trained" / LORA, header)
