@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from studies.common import markdown, pyplot, save_figure
+from studies.common import markdown
 from support.command import Parser, die
+from support.report import pyplot, save_figure
 from support.run_folder import WITH_RESUME, method_slug, read_config, read_json, read_metrics
 
 # What may differ between the seeds of one line: it changes no expectation. tau needs `rounds`

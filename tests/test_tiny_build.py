@@ -65,20 +65,19 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def test_a_training_that_was_cut_off_goes_on_where_it_was(trainer):
-    whole = trainer(6, "whole")
-    turn(whole)
-    cut = trainer(6)
-    turn(cut, 3)
-    assert cut.done == 3 and cut.extra == {}
-    cut.extra["odds"] = {"a list": [0.5, 1.0]}
-    cut.save()
-    cut = trainer(6)
-    assert cut.done == 3 and cut.extra == {"odds": {"a list": [0.5, 1.0]}}
-    turn(cut)
-    assert cut.done == 6
-    assert same(cut.mean, whole.mean) and same(cut.modules, whole.modules)
-    assert not same(cut.mean, cut.modules)
+def test_a_training_that_was_cut_off_goes_on_from_its_weights(trainer):
+    """The weights, their mean, the step and the odds are there; the optimizers begin anew."""
+    first = trainer(6)
+    turn(first, 3)
+    assert first.done == 3 and first.extra == {}
+    first.extra["odds"] = {"a list": [0.5, 1.0]}
+    first.save()
+    again = trainer(6)
+    assert again.done == 3 and again.extra == {"odds": {"a list": [0.5, 1.0]}}
+    assert same(again.mean, first.mean) and same(again.modules, first.modules)
+    assert not same(again.mean, again.modules)
+    turn(again)
+    assert again.done == 6 and not same(again.modules, first.modules)
 
 
 def test_the_end_leaves_the_running_mean_and_more_steps_go_on(trainer):

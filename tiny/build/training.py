@@ -12,7 +12,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from support.run_folder import aside
+from support.run_folder import read_safetensors, write_safetensors
 
 # Each part's budget; --steps gives another
 STEPS = {"ae": 7000, "clip": 2000, "judge": 2500, "unet": 13500}
@@ -60,9 +60,9 @@ class Muon(torch.optim.Optimizer):
 class Trainer:
     """So many steps, the rate on a cosine; `mean` has the running mean of the weights.
 
-    All of it is saved in args.build every 100 steps. Where that file exists, training
-    goes on from it, also with more steps than before or on another device. `extra` is
-    what a network's training wants saved too.
+    Both weights are saved in args.build every 100 steps. Where that file exists, training
+    goes on from it, also with more steps than before or on another device; the optimizers
+    begin anew. `extra` is JSON data that a network's training wants saved too.
     """
 
     def __init__(self, name, modules, args, rate, decay=0.0, keep=0.999):
@@ -81,21 +81,22 @@ class Trainer:
         self.done = 0
         self.extra = {}
         self.loss = 0.0  # a mean over 100 steps, in the making
-        self.path = args.build / f"{name}.pt"
+        self.path = args.build / f"{name}.safetensors"
         if self.path.exists():
-            state = torch.load(self.path, "cpu", weights_only=True)
-            self.done = state.pop("done")
-            self.extra = state.pop("extra")
-            for key, values in state.items():
-                getattr(self, key).load_state_dict(values)
+            weights, header = read_safetensors(self.path)
+            self.done = header["done"]
+            self.extra = header["extra"]
+            self.both().load_state_dict(weights)
         self.rng = np.random.default_rng([*name.encode(), self.done])
         torch.manual_seed(int(self.rng.integers(2**31)))
 
     def save(self):
-        keys = ("modules", "mean", "muon", "adam")
-        state = {key: getattr(self, key).state_dict() for key in keys}
-        with aside(self.path) as part:
-            torch.save(state | {"done": self.done, "extra": self.extra}, part)
+        header = {"done": self.done, "extra": self.extra}
+        write_safetensors(self.path, self.both().state_dict(), header)
+
+    def both(self):
+        """The weights and their running mean, as one module."""
+        return torch.nn.ModuleDict({"live": self.modules, "average": self.mean})
 
     def loop(self):
         """Yield once a step that is left; then `mean` is on the CPU."""
