@@ -48,7 +48,7 @@ def last_step(pipeline, rewards, judge, prompts, args):
 
 
 def parser():
-    return study_parser(__doc__.split("\n")[0], "last-step", roots=(768, "pairs [paper]"))
+    return study_parser(__doc__.split("\n")[0], "last-step", 768)
 
 
 if __name__ == "__main__":

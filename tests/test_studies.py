@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import brightness, make_small
+from conftest import brightness, make_small, metrics, run_flags, write_prompts
 
 import eval as evaluation
+import train
 from ddim_logprob import ddim_mean, guided_prediction, keyed_generator
 from rewards import checked
 from studies import common, last_step, one_round, table5
@@ -168,9 +169,68 @@ def test_a_study_from_the_command_line(no_clip, random_folder, tmp_path):
         common.main(last_step.last_step, last_step.parser(), argv)  # it overwrites nothing
 
 
-def test_a_round_is_drawn(no_clip, random_folder, tmp_path, capsys):
-    argv = [*command(random_folder, tmp_path), "--T", "6", "--tau0", "4", "--queries", "12"]
-    argv += ["--sample-batch", "12", "--decode-batch", "12", "--min-count", "0", "--threshold", "0"]
-    one_round.main([*argv, "--out", str(tmp_path / "round.png")])
-    assert "tau 4" in capsys.readouterr().out
-    assert Path(tmp_path / "round.png").stat().st_size > 10_000
+@pytest.fixture
+def round_flags(random_folder, tmp_path):
+    prompts = write_prompts(tmp_path)
+    flags = ["--reward", "jpeg", "--threshold", 0.3, "--eval-prompts", 0]
+    return run_flags(random_folder, prompts, *flags)
+
+
+def test_the_round_drawn_is_the_trainings(round_flags, random_folder, tmp_path):
+    """Equal scores and selection: mean, spread and number kept of a run's first round."""
+    folder = train.main([*round_flags, "--rounds", "1", "--out", str(tmp_path / "run")])
+    line = metrics(folder)[0]
+    cfg = train.parse_args([*round_flags, "--out", str(tmp_path / "new")])
+    pipeline = one_round.load_pipeline(cfg, torch.device("cpu"))
+    reward = one_round.load_reward("jpeg")
+    found = one_round.sample_round(pipeline, reward, ["a cat", "a dog"], cfg, 0, line["tau"])
+    owners, path, x_0, scores, r_hat, fate = found
+    assert len(owners) == 4 and path.shape == (4, 3, 4, 8, 8) and x_0.shape == (4, 3, 4, 8, 8)
+    assert scores.mean().item() == pytest.approx(line["reward_mean"], abs=1e-5)
+    assert scores.std().item() == pytest.approx(line["reward_std"], rel=1e-3)
+    assert fate.abs().sum() == line["kept"] > 0
+    for p in range(4):
+        assert (fate[p] == 1).sum() <= 1 and (fate[p] == -1).sum() <= 1
+        assert (r_hat[p][fate[p] == 1] == r_hat[p].max()).all()
+        assert (r_hat[p][fate[p] == -1] == r_hat[p].min()).all()
+
+
+def test_the_pictures_of_the_shared_path_are_the_predicted_x_0(small):
+    """x_0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar), by hand."""
+    policy, x = small.policy, noise(small, "x")
+    abar = policy.schedule.alpha_bar[5].item()
+    cond, uncond = policy.embed(["cat"]), policy.embed([""])
+    with torch.no_grad():
+        eps = guided_prediction(policy.unet, policy.schedule, x, 5, cond, uncond, 3.0)
+    wanted = small.decode((x - math.sqrt(1 - abar) * eps) / math.sqrt(abar))
+    assert torch.allclose(one_round.expected_pictures(small, x, 5, ["cat"]), wanted, atol=1e-4)
+
+
+def test_roots_of_each_kind_are_shown_the_widest_first():
+    fate = torch.tensor([[0, 0], [1, 0], [1, 0], [1, -1], [0, 0], [0, -1]])
+    scores = torch.tensor([[0, 1.0], [0, 2], [0, 3], [0, 1], [0, 2], [0, 9]])
+    assert one_round.choose_roots(scores, fate) == [3, 2, 5, 4]
+    few = torch.tensor([[0, 0], [1, -1], [0, 0], [0, 0], [0, 0]])
+    wide = torch.tensor([[0, 1.0], [0, 2], [0, 3], [0, 5], [0, 4]])
+    assert set(one_round.choose_roots(wide, few)) == {1, 3, 4, 2}  # filled up
+    assert one_round.choose_roots(wide, few)[0] == 1
+
+
+def test_a_round_is_drawn(round_flags, tmp_path, monkeypatch, capsys):
+    labels = []
+    set_xlabel = one_round.pyplot().Axes.set_xlabel
+
+    def keep(ax, text, **more):
+        labels.append(text)
+        return set_xlabel(ax, text, **more)
+
+    monkeypatch.setattr("matplotlib.axes.Axes.set_xlabel", keep)
+    argv = [*round_flags, "--rounds", "3", "--threshold", "0", "--min-count", "0"]
+    one_round.main([*argv, "--round", "2", "--out", str(tmp_path / "a/round.png")])
+    assert Path(tmp_path / "a/round.png").stat().st_size > 10_000
+    kept = sum("kept" in label for label in labels)
+    assert f"round 2, tau 5, {kept} of 12 pictures are kept" in capsys.readouterr().out
+    assert len(labels) == 12 and kept >= 4
+    with pytest.raises(SystemExit):
+        one_round.main([*argv, "--no-bs"])
+    assert "leave --no-bs out" in capsys.readouterr().err
