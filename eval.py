@@ -176,7 +176,7 @@ def load_lora(pipe, path):
             state = {name.removeprefix("base_model.model."): v for name, v in state.items()}
             pipe.unet.load_lora_adapter(state, prefix=None, metadata=config)
         else:
-            pipe.load_lora_weights(state)
+            pipe.load_lora_weights(state if "rounds_done" in header else str(file))
     except Exception as problem:  # of three libraries
         die(f"no LoRA of this model at {file} ({first_line(problem)}): is a round finished?")
     if not pipe.get_active_adapters():

