@@ -104,8 +104,8 @@ def draw(roots, steps, tau, K, legend):
             plt.setp(ax.spines.values(), color=colour, linewidth=5 if fate[k] else 2)
     for ax, t in zip(axes[0], steps):
         ax.set_title(f"t = {t}", fontsize=14, pad=9)
-    titles = {0: f"one shared path to t = {tau}:\nthe picture that the model expects\n"}
-    titles[n + 1] = f"{K} branches from t = {tau} to 0,\neach with its own noise"
+    titles = {0: f"shared path to t = {tau}:\nwhat the model expects\n"}
+    titles[n + 1] = f"{K} branches from t = {tau} on,\neach with its own noise"
     for column, title in titles.items():
         axes[0, column].set_title(title, loc="left", fontsize=14, weight="bold", pad=9)
     figure.text(0.125, 0, legend, va="bottom")
