@@ -244,7 +244,7 @@ def before_after(folder, name, prompts, before, after, workers=1):
             if row == 0:
                 ax.set_title(textwrap.fill(prompts[drawn[place]], 14), fontsize=9)
             if scores["recognised"] and scores["recognised"][drawn[place]]:
-                ax.text(0.95, 0.05, "\u2713", transform=ax.transAxes, ha="right", color="g")
+                ax.text(0.5, -0.2, "\u2713 right", transform=ax.transAxes, ha="center", color="g")
         axes[row, 0].text(-0.1, 0.5, when, transform=axes[row, 0].transAxes, ha="right")
     save_figure(figure, folder / "before-after.png")
 

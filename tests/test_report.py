@@ -253,7 +253,7 @@ def test_before_above_after_with_the_right_titles_and_ticks(
             title = " ".join(ax.get_title().split())
             assert title == (words[number].strip() if row == 0 else "")
             texts = [text.get_text() for text in ax.texts]
-            assert ("\u2713" in texts) == (number % 3 == row)
+            assert ("\u2713 right" in texts) == (number % 3 == row)
             assert (when in texts) == (ax is axes[0])
             if len(found["before"]["score"][::workers]) > 1:  # the whole picture, no border
                 assert picture.shape[:2] == (128, 128)
