@@ -54,6 +54,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if "unrecognized" in message:
             for flag in re.findall("--[a-z0-9-]+", message):
-                for near in difflib.get_close_matches(flag, self._option_string_actions, 1):
+                for near in difflib.get_close_matches(flag, self._option_string_actions, 1, 0.82):
                     message += f"; did you mean {near}?"
         die(f"{message} (see --help)")

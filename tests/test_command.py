@@ -127,6 +127,8 @@ def test_zero_is_fine_where_it_says_something(light):
         ("--no-bpts=1", "--no-bpt"),
         ("--updatesize", "--update-size"),
         ("--xyz", None),
+        ("--num_epochs", None),  # elsewhere it means our --rounds
+        ("--wandb", None),
     ],
 )
 def test_a_wrong_flag_names_the_nearest(light, capsys, wrong, near):
