@@ -85,7 +85,6 @@ def draw(roots, steps, tau, K, legend):
     """A row a root: its prompt, its expected pictures at t in `steps`, its K branches."""
     n = len(steps)
     plt = pyplot()
-    plt.rcParams["font.size"] = 14
     size = (1.6 * (n + K + 1.4), 2.3 * len(roots) + 1.7)
     figure, axes = plt.subplots(len(roots), n + 1 + K, figsize=size, squeeze=False)
     figure.subplots_adjust(wspace=0.12, hspace=0.6, top=1 - 0.9 / size[1], bottom=1.8 / size[1])
@@ -132,7 +131,8 @@ def run(args, cfg):
     kept, of = fate.abs().sum().item(), fate.numel()
     legend = LEGEND.format(threshold=cfg.threshold, tau=tau, kept=kept, of=of)
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    save_figure(draw(roots, steps, tau, cfg.branches, legend), cfg.out)
+    with pyplot().rc_context({"font.size": 14}):
+        save_figure(draw(roots, steps, tau, cfg.branches, legend), cfg.out)
     print(f"{cfg.out}: round {args.round}, tau {tau}, {kept} of {of} pictures are kept")
 
 
