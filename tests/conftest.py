@@ -168,7 +168,8 @@ def metrics(folder):
 def contents(folder):
     """The bytes of every file of a run by name; of metrics.jsonl lines without seconds.
 
-    Of config.json the settings, without the id that only this run has.
+    Of config.json the settings, without the id that only this run has; the commit may change
+    while the suite runs.
     """
     files = {p.relative_to(folder): p for p in Path(folder).rglob("*") if p.is_file()}
     found = {str(name): path.read_bytes() for name, path in files.items()}
@@ -177,6 +178,7 @@ def contents(folder):
         line.pop("seconds")
     found["config.json"] = json.loads(found["config.json"])
     found["config.json"].pop("wandb_id")
+    found["config.json"]["made_with"].pop("commit", None)
     return found
 
 
