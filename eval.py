@@ -227,6 +227,7 @@ def scores_before(run, cfg, pipeline, reward, judge, lists):
             before = read_json(path)
             for name, prompts in lists.items():
                 assert len(before[name]["score"]) == cfg.eval_images * len(prompts), name
+            compare(before, before, cfg.reward)  # it can be compared with, after all the training
             return before
     with lora_off(pipeline.policy.unet):
         return draw_lists(run, pipeline, reward, judge, lists, cfg.eval_images, "before")

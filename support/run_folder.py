@@ -146,7 +146,7 @@ def refuse_changes(config, args, given):
     """
     for name in given.keys() - {*WITH_RESUME}:
         old, new = config.get(name), getattr(args, name)
-        own_reward = name == "reward" and ":" in new
+        own_reward = name == "reward" and ":" in old and ":" in new
         if name in config and old != new and not own_reward:
             die(f"{args.resume} has {name} {old}, not {new}: leave it out, or start anew")
 

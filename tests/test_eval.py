@@ -561,6 +561,18 @@ def test_one_lora_takes_the_place_of_another(run, state, tmp_path):
     same(loaded(run, pipe), product(state))
 
 
+def test_a_file_without_a_lora_is_refused_after_one_that_has_it(run, tmp_path, capsys):
+    """The first one is not scored in its place."""
+    pipe = make_pipeline()
+    load_lora(pipe, run)
+    layer = "transformer.blocks.0.attn.to_q.lora_A.weight"
+    tensors = {layer: torch.zeros(2, 8), layer.replace("_A", "_B"): torch.zeros(8, 2)}
+    write_safetensors(tmp_path / "other.safetensors", tensors)
+    with pytest.raises(SystemExit):
+        load_lora(pipe, tmp_path / "other.safetensors")
+    assert "other.safetensors holds no LoRA of a UNet" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("alpha", [1, 2, 6.0])
 def test_kohyas_names_with_any_alpha(run, state, tmp_path, alpha):
     """The scale is alpha / rank, as in the files of web UIs and of kohya's trainer."""
