@@ -207,7 +207,7 @@ def test_scores_before_are_read_again_only_where_all_is_there(grey, tmp_path, ca
     """Of a resumed run: the scores, and a grid of each list."""
     pipeline = SimpleNamespace(policy=Layers())
     lists = {"train": PROMPTS, "unseen": ["fox"]}
-    cfg = SimpleNamespace(resume=None, eval_images=2)
+    cfg = SimpleNamespace(resume=None, eval_images=2, reward="clip")
     before = lambda run: evaluation.scores_before(run, cfg, pipeline, None, None, lists)
     want = before(a_run(tmp_path))
     assert want == read_json(tmp_path / "before.json") and list(want) == ["train", "unseen"]
