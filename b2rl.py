@@ -8,11 +8,11 @@
     p/p_old      ratio rho in Eq. 4 and 6           exp(log_p - log_p_old)
     theta_old    weights that sampled the round     `log_p_old`, stored while sampling
 
-Pure torch: no files, no models. A loss here has a minus sign where Eq. 2 is maximised:
-Eq. 4 and 6 are gradients of the LOSS. Each returns one value per (trajectory, t); the mean
-over t and over the update's trajectories is taken in `train.py`. Eq. 6 has a sum over t: the
-mean is the sum / tau [official], and AdamW does not see the factor (the gradient-norm clip
-does).
+No files, no pipeline: torch, and sums over processes. A loss here has a minus sign where
+Eq. 2 is maximised: Eq. 4 and 6 are gradients of the LOSS. Each returns one value per
+(trajectory, t); the mean over t and over the update's trajectories is taken in `train.py`.
+Eq. 6 has a sum over t: the mean is the sum / tau [official], and AdamW does not see the
+factor (the gradient-norm clip does).
 
 Sources: [official] hu-zijing/B2-DiffuRL: run_process.sh 20-35 (tau, window, threshold),
 run_select.py 62-90 (r_hat), 150-162 (best and worst), run_train.py 78 (mean over t),

@@ -1,6 +1,5 @@
 """The commands: flags that are refused, and the order in which the files import one another."""
 
-import ast
 import json
 import shlex
 import subprocess
@@ -249,94 +248,6 @@ for argv in (["--tau0", "0", "--device", "cpu"], ["--resume", sys.argv[1]]):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "2 set()\n" * 2, done.stderr
     assert len(done.stderr.splitlines()) == 2
-
-
-# ---------------------------------------------------------------- who imports whom
-
-# Each file imports from lower rows alone, or from its own row. Top first.
-ORDER = (
-    ("studies",),
-    ("train.py",),
-    ("eval.py",),
-    ("tiny/build",),
-    ("rewards.py",),
-    ("support/report.py",),
-    ("support/run_folder.py",),
-    ("support/pipeline.py", "support/prompts.py"),
-    ("b2rl.py",),
-    ("ddim_logprob.py", "lora.py"),
-    ("support/command.py", "support/processes.py"),
-    ("support/__init__.py",),
-    ("tiny/judge.py",),
-    ("tiny/world.py",),
-)
-
-
-def row_of(file):
-    for row, names in enumerate(ORDER):
-        if file in names or any(file.startswith(f"{name}/") for name in names):
-            return row
-    return None
-
-
-def source_files():
-    """Our files of Python outside the tests, by path: those that git knows, where it is."""
-    git = ["git", "-C", str(ROOT), "ls-files", "*.py"]
-    try:
-        found = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
-        found = [str(f.relative_to(ROOT)) for f in (*ROOT.glob("*.py"), *ROOT.glob("*/**/*.py"))]
-    return sorted(f for f in found if not f.startswith(("tests/", ".")) and (ROOT / f).exists())
-
-
-def imports(file, files):
-    """The files of ours that `file` imports anywhere, inside functions too."""
-    modules = {f.removesuffix(".py").replace("/", "."): f for f in files}
-    folder = file.rpartition("/")[0]
-    modules |= {f[len(folder) + 1 : -3]: f for f in files if folder and f.startswith(folder + "/")}
-    names = []
-    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return {modules[name] for name in names if name in modules} - {file}
-
-
-def circle(graph):
-    """The files of a circle of imports, or None."""
-    done = set()
-
-    def visit(file, way):
-        if file in way:
-            return way[way.index(file) :]
-        if file not in done:
-            done.add(file)
-            for other in sorted(graph[file]):
-                if found := visit(other, [*way, file]):
-                    return found
-        return None
-
-    return next(filter(None, (visit(file, []) for file in graph)), None)
-
-
-def test_imports_go_downwards():
-    files = source_files()
-    assert len(files) > 15 and {"train.py", "support/report.py", "tiny/world.py"} <= set(files)
-    without = [file for file in files if row_of(file) is None]
-    assert not without, f"which row of ORDER is theirs? {without}"
-    graph = {file: imports(file, files) for file in files}
-    assert {"b2rl.py", "support/run_folder.py"} <= graph["train.py"], "arrows are found"
-    upwards = [(a, b) for a in files for b in graph[a] if row_of(b) < row_of(a)]
-    assert not upwards, f"imports upwards: {upwards}"
-    assert circle(graph) is None
-
-
-def test_a_circle_is_found():
-    """Of three files as of two, and none where two ways lead to one file."""
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
-    assert circle({"a": {"b"}, "b": {"a"}}) == ["a", "b"]
-    assert circle({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) is None
 
 
 # ---------------------------------------------------------------- the bundled model, whole
