@@ -1,15 +1,17 @@
 """Fig. 5, 6, 8: runs over reward queries and minutes, and how methods differ.
 
-    python studies/curves.py --runs RUN1 RUN2 ...     # run folders, or folders that hold some
+    python studies/curves.py --runs RUN1 RUN2 ...     # run folders, or folders of them
 
-Runs of one method and equal settings are the seeds of one line; its band is the standard error
-over seeds. The spread within a prompt is divided by that of the first round. Do not compare it
-between methods with and without BS: pictures of a root are alike, less so as tau grows.
+Runs whose folders differ in `seedN` alone are the seeds of one line, as `train.py` names them;
+its band is the standard error over seeds. Compare runs of one model, reward and prompt file.
+The spread within a prompt is divided by that of the first round. Do not compare it between
+methods with and without BS: pictures of a root are alike, less so as tau grows.
 
 The table has each method less the first one, by seed: equal seeds begin with the same LoRA and
 draw from the same noise, before and after too. ± is the standard error over seeds.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,67 +22,38 @@ import numpy as np
 from studies.common import markdown
 from support.command import Parser, die
 from support.report import pyplot, save_figure
-from support.run_folder import WITH_RESUME, method_slug, read_config, read_json, read_metrics
-
-# What may differ between the seeds of one line: it changes no expectation. tau needs `rounds`
-SAME_LINE = {*WITH_RESUME, "seed", "precision", "eval_images", "eval_prompts", "made_with"}
-SAME_LINE = SAME_LINE - {"rounds"} | {"validation_prompt"}
-# What must agree if rewards are to be compared, and pictures to be of the same noise
-ALIKE = ("model", "reward", "template", "prompts", "image_size", "T", "eta", "guidance")
+from support.run_folder import read_config, read_json, read_metrics
 
 
 def with_minutes(lines, seconds):
     """Metrics lines with the minutes to their end, if seconds are known, and a relative spread."""
     minutes = np.cumsum(seconds) / 60 if len(seconds) else [None] * len(lines)
     first = lines[0]["spread_within_prompt"] or 1.0
-    out = []
-    for line, so_far in zip(lines, minutes):
-        spread = line["spread_within_prompt"] / first
-        out.append(line | {"minutes": so_far, "relative_spread": spread})
-    return out
+    spreads = [line["spread_within_prompt"] / first for line in lines]
+    more = zip(lines, minutes, spreads)
+    return [line | {"minutes": so_far, "relative_spread": spread} for line, so_far, spread in more]
 
 
 def find_runs(paths):
-    """[(folder, config, metrics lines)] of the finished runs; says which are passed over."""
-    runs = []
-    for path in map(Path, paths):
-        inside = [] if (path / "config.json").exists() else sorted(path.glob("*/config.json"))
-        for folder in [file.parent for file in inside] or [path]:
-            config, lines = read_config(folder), read_metrics(folder)
-            if len(lines) < config["rounds"]:
-                print(f"passed over: {folder} has {len(lines)} of {config['rounds']} rounds")
-                continue
-            seconds = [sum(line["seconds"].values()) for line in lines]
-            runs.append((folder, config, with_minutes(lines, seconds)))
-    for name in ALIKE:
-        if len({str(config.get(name)) for _, config, _ in runs}) > 1:
-            die(f"the runs differ in {name}: they can not be compared")
-    return runs or die("no run is finished: there is nothing to draw")
-
-
-def group_runs(runs):
-    """{label: {seed: (folder, lines)}}; a label is the method, and the settings that tell apart."""
+    """{label: {seed: (folder, metrics lines)}} of the finished runs; a label has no seed."""
     groups = {}
-    for folder, config, lines in runs:
-        words = [method_slug(config)]
-        same_method = [other for _, other, _ in runs if method_slug(other) == words[0]]
-        for key in sorted(config.keys() - SAME_LINE):
-            if len({str(other.get(key)) for other in same_method}) > 1:
-                words.append(f"{key} {config[key]}")
-        seeds = groups.setdefault(", ".join(words), {})
-        if config["seed"] in seeds:
-            die(f"{seeds[config['seed']][0]} and {folder} are one run: {', '.join(words)}")
-        seeds[config["seed"]] = folder, lines
-    return groups
+    for file in [file for path in paths for file in sorted(Path(path).rglob("config.json"))]:
+        folder = file.parent
+        config, lines = read_config(folder), read_metrics(folder)
+        if len(lines) < config["rounds"]:
+            print(f"passed over: {folder} has {len(lines)} of {config['rounds']} rounds")
+            continue
+        seconds = [sum(line["seconds"].values()) for line in lines]
+        seeds = groups.setdefault(re.sub(r"-?seed\d+", "", str(folder)), {})
+        seeds[config["seed"]] = folder, with_minutes(lines, seconds)
+    return groups or die("no run is finished: there is nothing to draw")
 
 
 def curve(runs, x_name, y_name):
     """Mean of x over S runs, (n,), and y, (S, n), at the n queries where all runs have both."""
-    tables = [{} for _ in runs]
-    for table, lines in zip(tables, runs):
-        for line in lines:
-            if line.get(x_name) is not None and line.get(y_name) is not None:
-                table[line["queries"]] = line[x_name], line[y_name]
+    have = lambda line: line.get(x_name) is not None and line.get(y_name) is not None
+    point = lambda line: (line[x_name], line[y_name])
+    tables = [{line["queries"]: point(line) for line in lines if have(line)} for lines in runs]
     queries = sorted(set.intersection(*map(set, tables)))
     points = np.array([[table[q] for q in queries] for table in tables])
     x, y = points.reshape(len(tables), len(queries), 2).transpose(2, 0, 1)
@@ -112,23 +85,18 @@ def at_equal_recognition(a, b):
     a, b: of each run the lines that studies/styles.py writes. Entropy is a line between LoRAs
     that are recognised more than all before them.
     """
-    level = min(max(line["recognised_of_90"] for line in run) for run in (a, b))
+    points = [[(line["recognised_of_90"], line["style_entropy"]) for line in run] for run in (a, b)]
+    level = min(max(points[0])[0], max(points[1])[0])
     found = []
-    for first, *others in (a, b):
-        records = [first]
-        for line in others:
-            if line["recognised_of_90"] > records[-1]["recognised_of_90"]:
-                records.append(line)
-        shares = [line["recognised_of_90"] for line in records]
-        found.append([np.interp(level, shares, [line["style_entropy"] for line in records])])
+    for run in points:
+        records = [p for i, p in enumerate(run) if all(p[0] > q[0] for q in run[:i])]
+        found.append([np.interp(level, *zip(*records))])
     return found
 
 
 def draw(panels, path):
     """A picture of panels side by side: (x label, y label, [(method, x (n,), y (S, n))])."""
     plt, colours, panels = pyplot(), {}, [panel for panel in panels if panel[2]]
-    if not panels:
-        return
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
     for ax, (x_label, y_label, lines) in zip(axes[0], panels):
         ax.set(xlabel=x_label, ylabel=y_label)
@@ -144,13 +112,10 @@ def draw(panels, path):
 
 def measures(folder, lines):
     """What a run is compared by: {what: number}, means over its rounds and gains at the end."""
-    found = {}
-    for what in ("reward_mean", "recognised"):
-        if all(what in line for line in lines):
-            found[f"{what}, all rounds"] = np.mean([line[what] for line in lines])
-    for name, gained in (read_json(folder / "summary.json") or {}).items():
-        found[f"gain, {name.replace('_', ' ')}"] = gained["gain"]
-    return found
+    means = [what for what in ("reward_mean", "recognised") if what in lines[0]]
+    found = {f"{what}, all rounds": np.mean([line[what] for line in lines]) for what in means}
+    summary = read_json(folder / "summary.json") or {}
+    return found | {f"gain, {name.replace('_', ' ')}": of["gain"] for name, of in summary.items()}
 
 
 def difference_rows(groups):
@@ -173,7 +138,7 @@ def main(argv=None):
     add("--runs", nargs="+", required=True, metavar="RUN", help="run folders, or folders of some")
     add("--out", default="runs/curves", help="folder for curves.png, which is written anew")
     args = parser.parse_args(argv)
-    groups = group_runs(find_runs(args.runs))
+    groups = find_runs(args.runs)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     lines = {label: [run for _, run in seeds.values()] for label, seeds in groups.items()}
     over_queries = ("reward_mean", "recognised", "kl_to_base", "relative_spread")

@@ -5,8 +5,8 @@
 
 Other flags are train.py's; --out is the picture (runs/one_round.png). The round is sampled,
 scored and selected by the functions of the training. r_hat compares with this round alone,
-since past rounds are not sampled. Shown are roots of each kind that the round has (best and
-worst kept, only the best, only the worst, none), of each the one whose scores differ most.
+since past rounds are not sampled. Shown are four roots, from those of which two branches are
+kept to those of which none is.
 """
 
 import sys
@@ -22,19 +22,18 @@ from b2rl import RewardNormaliser, draw_roots, select_pairs, tau_schedule
 from ddim_logprob import guided_prediction, predict_x_0
 from eval import guarded, load_lora
 from rewards import load_reward
-from studies.common import rate
 from support.command import Parser, die, positive
 from support.pipeline import DTYPES, load_pipeline
 from support.prompts import load_prompts
 from support.report import pyplot, save_figure
 
-# What becomes of a branch: its colour, and the word under it
-FATES = {1: ("#1a7f37", "best: kept"), -1: ("#c0271a", "worst: kept"), 0: ("0.5", "dropped")}
+# Of a branch, its colour and the word under it, by its fate: 0, 1 and -1, which is the last
+FATES = ("0.5", "not trained"), ("#1a7f37", "best: trained"), ("#c0271a", "worst: trained")
 LEGEND = """\
-$\\hat{{r}}$ is the normalised score (App. D.1). Of a root two branches at most are trained on:
-the best if $\\hat{{r}}$ \u2265 {threshold} (green: it becomes more likely),
-the worst if $\\hat{{r}}$ < -{threshold} (red: it becomes less likely).
-$\\tau$ = {tau}: only steps {tau} to 1 are trained. Kept: {kept} of the round's {of} pictures."""
+$\\hat{{r}}$ is the normalised score (App. D.1). At most two branches of a root are trained on.
+Green: the best, if $\\hat{{r}}$ \u2265 {0}; it becomes more likely. Red: the worst, if \
+$\\hat{{r}}$ < -{0}; it becomes less likely.
+$\\tau$ (tau) = {1}: only steps {1} to 1 are trained, of {2} of the round's {3} pictures."""
 
 
 def sample_round(pipeline, reward, prompts, cfg, i, tau):
@@ -50,8 +49,7 @@ def sample_round(pipeline, reward, prompts, cfg, i, tau):
     path = policy.branch(x_T, cfg.T, tau, roots.prompts, shared)[0][:, 0]
     x, _ = policy.branch(path[:, -1], tau, 0, roots.prompts, roots.branch_keys(K))
     x_0 = x[:, :, -1]
-    owners = [prompt for prompt in roots.prompts for _ in range(K)]
-    scores = rate(pipeline, x_0.flatten(0, 1), owners, {"reward": reward})["reward"].view(-1, K)
+    scores, _ = train.score(pipeline, reward, None, x_0, roots, K)
     r_hat = RewardNormaliser(cfg.window, cfg.min_count)(i, roots.prompts, scores)
     fate = torch.zeros(r_hat.shape, dtype=torch.long)
     for _, p, k in select_pairs(r_hat, cfg.threshold).tolist():
@@ -59,14 +57,10 @@ def sample_round(pipeline, reward, prompts, cfg, i, tau):
     return roots.prompts, path, x_0, scores, r_hat, fate
 
 
-def choose_roots(scores, fate):
-    """Four of P roots: of each kind the one whose scores (K,) differ most, then the next widest."""
-    kinds = [(1 in row, -1 in row) for row in fate]  # is the best kept, is the worst?
-    widest = (scores.max(1).values - scores.min(1).values).argsort(descending=True).tolist()
-    of_kinds = {kinds[p]: p for p in reversed(widest)}  # of a kind the last one stays
-    rest = [p for p in widest if p not in of_kinds.values()]
-    chosen = [*of_kinds.values(), *rest][:4]
-    return sorted(chosen, key=lambda p: kinds[p], reverse=True)  # both kept, ..., none
+def choose_roots(fate):
+    """Four of P roots, from most to fewest branches kept; the best alone before the worst."""
+    order = (2.1 * (fate == 1) + 2 * (fate == -1)).sum(1).argsort(descending=True, stable=True)
+    return order[torch.linspace(0, len(order) - 1, min(4, len(order))).long()].tolist()
 
 
 @torch.no_grad()
@@ -74,40 +68,35 @@ def expected_pictures(pipeline, x_t, t, prompts):
     """The x_0 that the guided UNet expects, seeing x_t (B, C, h, w), as pictures (B, 3, H, W)."""
     policy = pipeline.policy
     x_t = x_t.to(policy.device)
-    schedule = policy.schedule
-    cond, uncond = policy.embed(prompts), policy.embed([""])
-    prediction = guided_prediction(policy.unet, schedule, x_t, t, cond, uncond, policy.guidance)
-    x_0, _ = predict_x_0(schedule, prediction, x_t, t)
-    return pipeline.decode(x_0)
+    given = policy.embed(prompts), policy.embed([""]), policy.guidance
+    prediction = guided_prediction(policy.unet, policy.schedule, x_t, t, *given)
+    return pipeline.decode(predict_x_0(policy.schedule, prediction, x_t, t)[0])
 
 
 def draw(roots, steps, tau, K, legend):
     """A row a root: its prompt, its expected pictures at t in `steps`, its K branches."""
     n = len(steps)
     plt = pyplot()
-    size = (1.6 * (n + K + 1.4), 2.3 * len(roots) + 1.7)
-    figure, axes = plt.subplots(len(roots), n + 1 + K, figsize=size, squeeze=False)
-    figure.subplots_adjust(wspace=0.12, hspace=0.6, top=1 - 0.9 / size[1], bottom=1.8 / size[1])
+    shape = (len(roots), n + K)
+    size = (1.6 * (n + K + 1), 2.3 * len(roots) + 1.7)
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
     for row, (prompt, pictures, scores, r_hat, fate) in zip(axes, roots):
         row[0].set_ylabel(textwrap.fill(prompt, 13), rotation=0, ha="right", va="center")
-        row[n].text(0.5, 0.5, "$\\Rightarrow$", fontsize=40, ha="center", va="center")
-        row[n].axis("off")
-        for ax, picture in zip([*row[:n], *row[n + 1 :]], pictures):
+        for ax, picture in zip(row, pictures):
             few_levels = (picture * 23).round() / 23  # a third of the file, and nobody sees it
             ax.imshow(few_levels.permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
-        for k, ax in enumerate(row[n + 1 :]):
-            colour, word = FATES[fate[k].item()]
-            text = f"score {scores[k]:.3f}\n$\\hat{{r}}$ = {r_hat[k]:+.2f}\n{word}"
+        for ax, score, normalised, kept in zip(row[n:], scores, r_hat, fate.tolist()):
+            colour, word = FATES[kept]
+            text = f"score {score:.3f}\n$\\hat{{r}}$ = {normalised:+.2f}\n{word}"
             ax.set_xlabel(text, color=colour)
-            plt.setp(ax.spines.values(), color=colour, linewidth=5 if fate[k] else 2)
-    for ax, t in zip(axes[0], steps):
-        ax.set_title(f"t = {t}", fontsize=14, pad=9)
-    titles = {0: f"shared path to t = {tau}:\nwhat the model expects\n"}
-    titles[n + 1] = f"{K} branches from t = {tau} on,\neach with its own noise"
-    for column, title in titles.items():
-        axes[0, column].set_title(title, loc="left", fontsize=14, weight="bold", pad=9)
-    figure.text(0.125, 0, legend, va="bottom")
+            plt.setp(ax.spines.values(), color=colour, linewidth=5 if kept else 2)
+    titles = [f"t = {t}" for t in steps] + [f"branch {k + 1}" for k in range(K)]
+    titles[0] = f"shared path to t = {tau}:\nthe picture it expects\n{titles[0]}"
+    titles[n] = f"{K} branches from t = {tau} on,\neach with its own noise\n{titles[n]}"
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title, loc="left", fontsize=14, pad=9).set_in_layout(False)
+    figure.supxlabel(legend, x=0.1, ha="left", fontsize=14)
     return figure
 
 
@@ -123,17 +112,17 @@ def run(args, cfg):
     owners, path, x_0, scores, r_hat, fate = sample_round(pipeline, reward, prompts, cfg, i, tau)
     steps = range(cfg.T, tau - 1, -2)
     roots = []
-    for p in choose_roots(scores, fate):
-        states = [path[p, cfg.T - t][None] for t in steps]
-        seen = [expected_pictures(pipeline, x, t, owners[p : p + 1]) for x, t in zip(states, steps)]
+    for p in choose_roots(fate):
+        prompt = owners[p]
+        seen = [expected_pictures(pipeline, path[p, cfg.T - t][None], t, [prompt]) for t in steps]
         pictures = torch.cat([*seen, pipeline.decode(x_0[p])])
-        roots.append((owners[p], pictures, scores[p], r_hat[p], fate[p]))
-    kept, of = fate.abs().sum().item(), fate.numel()
-    legend = LEGEND.format(threshold=cfg.threshold, tau=tau, kept=kept, of=of)
+        roots.append((prompt, pictures, scores[p], r_hat[p], fate[p]))
+    kept = fate.abs().sum().item()
+    legend = LEGEND.format(cfg.threshold, tau, kept, fate.numel())
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    with pyplot().rc_context({"font.size": 14}):
+    with pyplot().rc_context({"font.size": 14, "figure.constrained_layout.h_pad": 0.12}):
         save_figure(draw(roots, steps, tau, cfg.branches, legend), cfg.out)
-    print(f"{cfg.out}: round {args.round}, tau {tau}, {kept} of {of} pictures are kept")
+    print(f"{cfg.out}: round {args.round}, tau {tau}, trained on {kept} of {fate.numel()} pictures")
 
 
 def main(argv=None):

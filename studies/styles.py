@@ -9,16 +9,16 @@ shares of the three icon styles which its style head sees, at most ln 3 = 1.10 n
 
 import sys
 from pathlib import Path
+from statistics import fmean
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from eval import base_parser, evaluate, fill_in, find_judge, guarded, load_lora
 from support.pipeline import load_pipeline
 from support.prompts import load_prompts
-from support.run_folder import read_config, read_json, write_json
+from support.run_folder import ROOT, read_config, read_json, write_json
 
 STYLES = ROOT / "results/styles.json"
 
@@ -29,15 +29,11 @@ def look(pipeline, prompts):
 
     judge = load_judge(pipeline.tiny / "judge")
     head = list(HEADS).index("style")
-
-    def style(images, _):
-        return probabilities(judge, images)[head].argmax(1).float()
-
+    style = lambda images, _: probabilities(judge, images)[head].argmax(1).float()
     seen, _ = evaluate(pipeline, {"style": style}, prompts, 2, find_judge(pipeline, prompts))
     shares = torch.bincount(torch.tensor(seen["style"]).long()) / len(seen["style"])
-    recognised = torch.tensor(seen["recognised"]).mean().item()
     entropy = torch.special.entr(shares).sum().item()
-    return {"recognised_of_90": recognised, "style_entropy": entropy}
+    return {"recognised_of_90": fmean(seen["recognised"]), "style_entropy": entropy}
 
 
 def measure(args):

@@ -84,6 +84,24 @@ def make_pipeline(prediction_type="epsilon", seed=0):
     )
 
 
+def random_sd14(folder):
+    """Stable Diffusion 1.4 at full size: random bfloat16 weights, tiny's tokenizer."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    vae = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+    vae["down_block_types"] = ("DownEncoderBlock2D",) * 4
+    vae["up_block_types"] = ("UpDecoderBlock2D",) * 4
+    text = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    networks = {"unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768)}
+    networks |= {"vae": AutoencoderKL(**vae), "text_encoder": CLIPTextModel(CLIPTextConfig(**text))}
+    networks = {name: network.bfloat16() for name, network in networks.items()}
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "tiny/tokenizer", model_max_length=77)
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "tiny", **networks, tokenizer=tokenizer)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def random_folder(tmp_path_factory):
     """The random pipeline as a diffusers folder."""

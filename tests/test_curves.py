@@ -28,10 +28,6 @@ def write_run(folder, rewards, gains=None, **settings):
     return folder
 
 
-def groups_of(*folders):
-    return curves.group_runs(curves.find_runs(folders))
-
-
 def fails(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         curves.main([str(word) for word in argv])
@@ -41,26 +37,30 @@ def fails(capsys, *argv):
     return error
 
 
-def test_seeds_are_one_line_and_other_settings_are_another(tmp_path):
-    write_run(tmp_path / "a", [1.0, 2.0])
-    write_run(tmp_path / "b", [3.0, 6.0], seed=1, device="cuda", eval_images=4)
-    write_run(tmp_path / "c", [0.0, 1.0], no_bpt=False, no_bs=False)
-    write_run(tmp_path / "d", [0.0, 1.0], no_bpt=False, no_bs=False, lr=2e-3)
-    found = {label: list(seeds) for label, seeds in groups_of(tmp_path).items()}
-    assert found == {"ddpo": [0, 1], "ddpo-bpt-bs, lr 0.001": [0], "ddpo-bpt-bs, lr 0.002": [0]}
+def test_seeds_are_one_line_and_other_folders_are_another(tmp_path):
+    write_run(tmp_path / "ddpo-seed0", [1.0, 2.0])
+    write_run(tmp_path / "ddpo-seed1", [3.0, 6.0], seed=1)
+    write_run(tmp_path / "ddpo-bpt-seed0-lr0.002", [0.0, 1.0], no_bpt=False)
+    found = {label: list(seeds) for label, seeds in curves.find_runs([tmp_path]).items()}
+    assert found == {f"{tmp_path}/ddpo-bpt-lr0.002": [0], f"{tmp_path}/ddpo": [0, 1]}
 
 
-def test_rounds_are_no_seed(tmp_path):
-    """tau depends on them."""
-    write_run(tmp_path / "a", [1.0, 2.0])
-    write_run(tmp_path / "b", [1.0], seed=1, rounds=1)
-    assert set(groups_of(tmp_path)) == {"ddpo, rounds 1", "ddpo, rounds 2"}
+def test_the_names_that_train_py_gives_are_one_line(tmp_path):
+    """Its default folders: of seeds alone, and of two rates."""
+    from support.run_folder import default_folder
+
+    cfg = CONFIG | {"prompts": None, "template": 1}
+    for seed, given in ((0, {}), (1, {}), (0, {"lr": 2e-3})):
+        name = default_folder(cfg | {"seed": seed}, given)
+        write_run(tmp_path / name, [1.0, 2.0], seed=seed)
+    assert [list(seeds) for seeds in curves.find_runs([tmp_path]).values()] == [[0, 1], [0]]
 
 
 def test_a_curve_is_the_mean_over_seeds_at_queries_that_all_have(tmp_path):
-    write_run(tmp_path / "a", [1.0, 2.0, 9.0], rounds=3)
-    write_run(tmp_path / "b", [3.0, 7.0, 8.0], seed=1, rounds=3)
-    runs = [lines for _, lines in groups_of(tmp_path)["ddpo"].values()]
+    write_run(tmp_path / "a-seed0", [1.0, 2.0, 9.0], rounds=3)
+    write_run(tmp_path / "a-seed1", [3.0, 7.0, 8.0], seed=1, rounds=3)
+    (seeds,) = curves.find_runs([tmp_path]).values()
+    runs = [lines for _, lines in seeds.values()]
     minutes, rewards = curves.curve([runs[0], runs[1][:2]], "minutes", "reward_mean")
     assert minutes.tolist() == pytest.approx([1.1, 2.8667], abs=1e-4)  # 60, 100 and 72, 112 seconds
     assert rewards.tolist() == [[1, 2], [3, 7]]
@@ -85,17 +85,18 @@ def test_a_picture_is_drawn_and_drawn_anew(tmp_path, capsys):
 
 
 def test_methods_differ_by_the_seed(tmp_path, capsys):
-    write_run(tmp_path / "A0", [1.0, 2.0], [1.0, 0.0, 2.0])
-    write_run(tmp_path / "A1", [4.0, 4.0], [1.0, 0.0, 2.0], seed=1)
-    write_run(tmp_path / "A7", [9.0, 9.0], [9.0, 9.0, 9.0], seed=7)  # it has no pair
-    write_run(tmp_path / "B1", [5.0, 7.0], [1.0, 1.0, 3.0], seed=1, no_bs=False)
-    write_run(tmp_path / "B0", [2.0, 2.0], [2.0, 1.0, 3.0], no_bs=False)
-    rows = curves.difference_rows(groups_of(tmp_path))
+    write_run(tmp_path / "A-seed0", [1.0, 2.0], [1.0, 0.0, 2.0])
+    write_run(tmp_path / "A-seed1", [4.0, 4.0], [1.0, 0.0, 2.0], seed=1)
+    write_run(tmp_path / "A-seed7", [9.0, 9.0], [9.0, 9.0, 9.0], seed=7)  # it has no pair
+    write_run(tmp_path / "B-seed1", [5.0, 7.0], [1.0, 1.0, 3.0], seed=1, no_bs=False)
+    write_run(tmp_path / "B-seed0", [2.0, 2.0], [2.0, 1.0, 3.0], no_bs=False)
+    rows = curves.difference_rows(curves.find_runs([tmp_path]))
     # Rewards: 2 - 1.5 and 6 - 4, so .5 and 2: their mean, and their std over the root of 2.
     # Gains: the means 2 - 1 and 5/3 - 1
-    rewards = ["ddpo-bs", "reward_mean, all rounds", 2, "4.0000", "2.7500", "+1.2500 \u00b1 0.7500"]
+    name = f"{tmp_path}/B"
+    rewards = [name, "reward_mean, all rounds", 2, "4.0000", "2.7500", "+1.2500 \u00b1 0.7500"]
     assert rows[0] == rewards
-    gains = ["ddpo-bs", "gain, train score", 2, "1.8333", "1.0000", "+0.8333 \u00b1 0.1667"]
+    gains = [name, "gain, train score", 2, "1.8333", "1.0000", "+0.8333 \u00b1 0.1667"]
     assert rows[-1] == gains
     curves.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")])
     assert "+1.2500 \u00b1 0.7500 |" in capsys.readouterr().out
@@ -104,7 +105,7 @@ def test_methods_differ_by_the_seed(tmp_path, capsys):
 def test_one_seed_has_no_error_over_seeds(tmp_path):
     write_run(tmp_path / "a", [1.0, 1.0])
     write_run(tmp_path / "b", [0.5, 0.5], no_bs=False)
-    assert curves.difference_rows(groups_of(tmp_path))[0][-1] == "-0.5000"
+    assert curves.difference_rows(curves.find_runs([tmp_path]))[0][-1] == "-0.5000"
 
 
 def test_entropies_are_compared_where_both_runs_come():
@@ -123,12 +124,10 @@ def test_entropies_are_compared_where_both_runs_come():
 
 
 def test_runs_that_do_not_serve_end_with_one_line(tmp_path, capsys):
-    good = write_run(tmp_path / "good", [1.0, 2.0], [1.0])
     out = ["--out", tmp_path / "out"]
     new = write_run(tmp_path / "new", [])
     assert "no run is finished" in fails(capsys, "--runs", new, *out)
     (tmp_path / "empty").mkdir()
-    assert "holds no run" in fails(capsys, "--runs", tmp_path / "empty", *out)
-    assert "are one run: ddpo" in fails(capsys, "--runs", good, good, *out)
-    other = write_run(tmp_path / "other", [1.0, 2.0], no_bs=False, reward="jpeg")
-    assert "the runs differ in reward" in fails(capsys, "--runs", good, other, *out)
+    assert "no run is finished" in fails(capsys, "--runs", tmp_path / "empty", *out)
+    (new / "config.json").write_text("[]")
+    assert "holds no run" in fails(capsys, "--runs", new, *out)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, load_args, make_pipeline, make_small, randomise_lora
+from conftest import ROOT, load_args, make_pipeline, make_small, randomise_lora, random_sd14
 from safetensors.torch import load_file, save_file
 
 from ddim_logprob import keyed_generator
@@ -834,8 +834,6 @@ def full_size(request, tmp_path_factory):
     """The pipeline of SD 1.4, random weights in bfloat16, as a diffusers folder."""
     if not request.config.getoption("--full-size"):
         pytest.skip("a full-size model: pass --full-size")
-    from studies.bench import random_sd14
-
     return random_sd14(tmp_path_factory.mktemp("full") / "sd14")
 
 
