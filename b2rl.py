@@ -8,11 +8,12 @@
     p/p_old      ratio rho in Eq. 4 and 6           exp(log_p - log_p_old)
     theta_old    weights that sampled the round     `log_p_old`, stored while sampling
 
-No files, no pipeline: torch, and sums over processes. A loss here has a minus sign where
-Eq. 2 is maximised: Eq. 4 and 6 are gradients of the LOSS. Each returns one value per
-(trajectory, t); the mean over t and over the update's trajectories is taken in `train.py`.
-Eq. 6 has a sum over t: the mean is the sum / tau [official], and AdamW does not see the
-factor (the gradient-norm clip does).
+No files, no pipeline: torch, and sums over processes.
+
+    Eq. 2 is maximised; a loss is minimised, so each loss here has a minus sign.
+    Each loss returns one value per (trajectory, t). `train.py` takes the mean.
+    Eq. 6 has a sum over t, the authors' code a mean: the sum / tau [official]. The factor
+    changes what the clip of the gradient's norm does, and nothing else: AdamW divides it out.
 
 Sources: [official] hu-zijing/B2-DiffuRL: run_process.sh 20-35 (tau, window, threshold),
 run_select.py 62-90 (r_hat), 150-162 (best and worst), run_train.py 78 (mean over t),
@@ -20,8 +21,8 @@ run_select.py 62-90 (r_hat), 150-162 (best and worst), run_train.py 78 (mean ove
 stat_tracking.py 20-25 (minimum count). Commits and the rest: docs/notes.md.
 
 The clip range belongs to a log-probability averaged over D dimensions: DDPO's 1e-4
-[ddpo] is for D = 16,384; [official] 0.1 is almost never reached, so that PPO turns into
-plain policy gradient.
+[ddpo] is for D = 16,384. The authors' script has 0.1 [official]. That is almost never
+reached, so that PPO turns into plain policy gradient.
 """
 
 import math
@@ -44,8 +45,8 @@ from support.processes import all_sum, share
 def tau_schedule(i, rounds, T=20, tau0=14):
     """tau of round i = 0, 1, ...: linear from tau0 (14 [official]) to T (App. D.1).
 
-    [official] tau0 + floor(i * (T - tau0 + 1) / rounds): each tau lasts equally long. A
-    run of fewer than T - tau0 + 1 rounds would not reach T with it: such a run is
+    [official] tau0 + floor(i * (T - tau0 + 1) / rounds): each tau lasts about equally
+    long. A run of fewer than T - tau0 + 1 rounds would not reach T with it: such a run is
     spread from tau0 in its first round to T in its last [ours]; a run of one round
     stays at tau0. Rounds that are added later train all T steps.
     """
@@ -83,6 +84,7 @@ class StepWeights:
         if self.kind == "rms":
             squares = [self.square.get(str(t), 0.0) for t in range(tau, 0, -1)]
             weights = torch.tensor(squares).rsqrt()
+            # A step without a measured gradient: no round has kept anything so far
             weights = weights.where(weights.isfinite(), torch.ones(()))
         weights = weights / weights.mean()
         return torch.cat([weights, torch.zeros(1)]).flip(0)
@@ -95,17 +97,19 @@ class RewardNormaliser:
     """r_hat = (r - mean) / (std + 1e-8) per prompt, App. D.1.
 
     Mean and unbiased std are over all scores of the prompt in this round and the past
-    `window` rounds (8 [official]). A prompt with fewer than `min_count` scores (0
-    [official], 16 [ddpo]) is normalised by the mean and std of the whole round, also where
-    its own scores are all equal. Where the scores that count are one or all equal, there
-    is no std: r_hat is 0, so the prompt is not trained on [ours].
+    `window` rounds (8 [official]). A prompt that has fewer than `min_count` scores (16 [ddpo],
+    0 [official]) takes the mean and std of all of this round's scores, of all prompts. If
+    the scores that it is compared with are one or all equal, there is no std: r_hat is 0, so
+    the prompt is not trained on [ours].
     """
 
     def __init__(self, window=8, min_count=0):
         self.window = window
         self.min_count = min_count
         self.history = {}  # prompt -> [[round, [scores]], ...], oldest first
-        self.alone = 0  # scores of the last round that were compared within their own root only
+        # Scores of the last round that were compared within their own root only; there are none
+        # if `min_count` is above K, as it is by default
+        self.alone = 0
 
     def __call__(self, i, prompts, scores):
         """Scores (P, K) of round i, row p of prompts[p] -> r_hat (P, K), float32."""
@@ -136,9 +140,9 @@ def select_pairs(r_hat, threshold=0.5):
 
     r_hat: (P, K). The best is kept if r_hat > 0 and r_hat >= threshold, the worst if
     r_hat < 0 and r_hat < -threshold, independently of the other [official]: a root gives
-    0, 1 or 2 trajectories. A root whose branches score alike has no best: none [ours].
-    Returns (M, 3) long, rows of (group, root, branch), a group's best before its worst;
-    the group is the root here.
+    0, 1 or 2 trajectories, so not always a pair. A root whose branches score alike has no
+    best: it gives none [ours]. Returns (M, 3) long, rows of (group, root, branch), a
+    group's best before its worst; the group is the root here.
     """
     shape = tuple(r_hat.shape)
     assert len(shape) == 2 and shape[1] >= 2, f"need (P, K >= 2), got {shape}"
@@ -148,7 +152,7 @@ def select_pairs(r_hat, threshold=0.5):
     keep_worst = differ & (worst.values < 0) & (worst.values < -threshold)
     keep = torch.stack([keep_best, keep_worst], 1)  # (P, 2)
     branch = torch.stack([best.indices, worst.indices], 1)  # (P, 2)
-    root = keep.nonzero()[:, 0]
+    root = keep.nonzero()[:, 0]  # row by row, as branch[keep] is
     return torch.stack([root, root, branch[keep]], 1)
 
 
@@ -168,7 +172,7 @@ def dpo_pairs(kept, r_hat, prompts, threshold=0.5):
     the round [ours], and the group is the prompt. prompts: P strings. Returns (M', 3)
     as `select_pairs`. A group of more than two is refused: it is no pair.
     """
-    if r_hat.shape[1] == 1:
+    if r_hat.shape[1] == 1:  # without BS: a prompt's roots play the part of branches
         pairs = []
         for group, prompt in enumerate(dict.fromkeys(prompts)):
             roots = torch.tensor([p for p, other in enumerate(prompts) if other == prompt])
@@ -182,12 +186,12 @@ def dpo_pairs(kept, r_hat, prompts, threshold=0.5):
 
 
 def split_updates(kept, size, generator):
-    """Cut an epoch's trajectories (M, 3) into updates of about `size`, groups shuffled.
+    """Cut an epoch's trajectories (M, 3) into updates of about `size` trajectories each.
 
-    A group's best and worst stay in one update: DPO needs both. No update is a small
-    rest, nothing is dropped: M / size is rounded to whole updates and the groups are
-    dealt evenly among them [ours]. Returns a list of (m, 3) tensors, empty if nothing
-    was kept.
+    There are round(M / size) updates, one at least, of about equal size: none is a small
+    rest, and nothing is dropped [ours]. Groups are shuffled and stay whole, since DPO needs
+    a best and its worst in one update. Returns a list of (m, 3) tensors, empty if nothing was
+    kept.
     """
     if len(kept) == 0:
         return []
@@ -224,10 +228,10 @@ def draw_roots(train_prompts, cfg, i, worker, workers):
     generator = keyed_generator(cfg.seed, i, "prompts")
     drawn = torch.randint(len(train_prompts), (P,), generator=generator).tolist()
     prompts = [train_prompts[j] for j in drawn]
-    owners = list(range(P))
+    groups = list(range(P))
     if cfg.algo == "dpo" and cfg.no_bs:  # a pair: two roots of a prompt, in one process
-        owners = [train_prompts.index(prompt) for prompt in prompts]
-    own = share(owners, worker, workers)
+        groups = [train_prompts.index(prompt) for prompt in prompts]
+    own = share(groups, worker, workers)
     return Roots(prompts, own, [prompts[p] for p in own], (cfg.seed, i))
 
 
@@ -265,7 +269,8 @@ class Rollout:
 
         The cut does not change the gradient, so `size` is as large as memory allows.
         Batches are about equal, since a short UNet call costs more a row, and even, since
-        DPO needs whole pairs. Steps go from tau to 1.
+        DPO needs whole pairs: 10 trajectories in calls of 8 are 6 + 4, not 8 + 2. Steps go
+        from tau to 1.
         """
         update = update[torch.isin(update[:, 1], self.own)]
         if len(update) == 0:
@@ -277,13 +282,13 @@ class Rollout:
         for t in progress(range(self.tau, 0, -1), "training"):
             step = self.tau - t  # x[:, :, step] is x_t, and x_{t-1} follows it
             for part in torch.arange(len(update)).split(length):
-                p, k = row[part], update[part, 2]
+                q, k = row[part], update[part, 2]
                 yield Batch(
                     t,
-                    self.x[p, k, step].to(self.device),
-                    self.x[p, k, step + 1].to(self.device),
-                    self.log_p_old[p, k, step].to(self.device),
-                    [self.prompts[q] for q in p],
+                    self.x[q, k, step].to(self.device),
+                    self.x[q, k, step + 1].to(self.device),
+                    self.log_p_old[q, k, step].to(self.device),
+                    [self.prompts[j] for j in q],
                     update[part, 1],
                     k,
                 )
@@ -294,7 +299,8 @@ def step_energy(policy, rollout, probe, size, lora, generator):
 
     One backward pass a batch would give the square of a sum over trajectories. With
     random signs, drawn from the generator, the cross terms cancel on average, and what is
-    left is the sum of the squares [ours].
+    left is the sum of the squares [ours]. A sign belongs to its (root, branch, step), so
+    batches and processes do not change it.
     """
     lora = list(lora.values())
     tau, K = rollout.tau, rollout.x.shape[1]
@@ -306,7 +312,8 @@ def step_energy(policy, rollout, probe, size, lora, generator):
         mu, sigma = policy(batch.x_t, batch.t, batch.prompts)
         log_p = log_prob(batch.x_prev, mu, sigma)
         sign = signs[batch.root, batch.branch, step].to(log_p.device)
-        # 2**10, as gradients of a mean over D would be 0 in fp16; weights are relative
+        # Times 2**10, since in fp16 the gradients of a mean over D would round to 0. It is
+        # never divided out: only the steps' ratios count
         gradient = torch.autograd.grad(2.0**10 * (log_p * sign).sum(), lora)
         for sum_, v in zip(total[step], gradient):
             sum_ += v
@@ -321,15 +328,15 @@ def step_energy(policy, rollout, probe, size, lora, generator):
 def kl_to_base(policy, rollout, probe, size):
     """KL(p_theta || p_pre) of a step in nats, summed over D: mean over steps and `probe` (m, 3)."""
     D = math.prod(policy.latent_shape)
-    total = torch.zeros(2, dtype=torch.float64)
+    sum_and_count = torch.zeros(2, dtype=torch.float64)
     for batch in rollout.batches(probe, size):
         mu, sigma = policy(batch.x_t, batch.t, batch.prompts)
         with lora_off(policy.unet):
             mu_ref, _ = policy(batch.x_t, batch.t, batch.prompts)
-        kl = gaussian_kl(mu, mu_ref, sigma) * D
-        total += torch.tensor([kl.sum().item(), len(kl)])
-    total = all_sum(total, policy.device)
-    return (total[0] / total[1]).item()
+        kl = gaussian_kl(mu, mu_ref, sigma) * D  # it is a mean over D
+        sum_and_count += torch.tensor([kl.sum().item(), len(kl)])
+    kl, count = all_sum(sum_and_count, policy.device)
+    return (kl / count).item()
 
 
 # -------------------------------------------------- losses, one per (trajectory, t)
@@ -364,7 +371,7 @@ def dpo_loss(log_p, log_ref, beta):
 
     log_p, log_ref: (2b,), best and worst of b pairs in turn; the reference is the
     pre-trained model. With log p averaged over D, pass beta * D (D3PO: beta 0.1 on
-    sums), or sigma(-h) stays at 1/2 and DPO is a linear policy gradient. A pair counts
+    sums): otherwise sigma(-h) stays at 1/2 and DPO is a linear policy gradient. A pair counts
     as its two trajectories: the loss is (2b,), each value twice. Returns loss, h (b,).
     """
     best, worst = (log_p - log_ref).view(-1, 2).T

@@ -8,7 +8,8 @@
     c            prompt                         `cond` (B, L, d), `uncond` (1, L, d)
     mu_theta     mean, Eq. 1                    `mu`
     sigma_t      standard deviation, Eq. 1      `sigma`; the covariance is sigma_t^2 I
-    P, K         branch roots, branches of one  leading axes (P, K, ...)
+    P, K         branch roots, branches of one  leading axes (P, K, ...); here P may be a
+                                                process's own part of the roots
 
 Departures from the paper's text
     [official, ddpo] log p is AVERAGED over the D = C*h*w dimensions of a latent, not summed: a
@@ -18,9 +19,9 @@ Departures from the paper's text
         never from a global stream: a run does not depend on batch size or on the number of
         processes, and resuming needs no random state.
     [ours] latents and log-probabilities are float32 in every precision. If x_{t-1} were
-        stored in half precision after log p was taken, its rounding (3e-3 in bf16) would
-        exceed the clip range, as the last steps have sigma of 0.02..0.04, and the first
-        ratio would not be 1.
+        stored in half precision after log p was taken, its rounding (3e-3 in bf16) would be
+        a tenth of the last steps' sigma (0.02..0.04). The first ratio would then not be 1,
+        but outside of the clip range.
 """
 
 import hashlib
@@ -63,6 +64,7 @@ def make_schedule(scheduler, T=20, eta=1.0):
     if spacing not in ("leading", "trailing"):  # linspace steps are not a chain
         raise ValueError(f"timestep_spacing {spacing!r}: use leading or trailing")
     scheduler.set_timesteps(T)
+    # Entry 0 stands for no step: it only makes t the index
     timestep = torch.cat([torch.tensor([0]), scheduler.timesteps.flip(0).cpu()])
     alpha_bar = scheduler.alphas_cumprod.double().cpu()[timestep]
     alpha_bar[0] = scheduler.final_alpha_cumprod.double()
@@ -96,8 +98,8 @@ def predict_x_0(schedule, prediction, x_t, t):
 def ddim_mean(schedule, prediction, x_t, t):
     """mu_theta(x_t, t, c) of Eq. 1 from the UNet's guided prediction.
 
-    prediction, x_t: (B, C, h, w) float32. Returns mu (B, C, h, w) and sigma_t, a number.
-    [DDIM, Song et al., Eq. 12]
+    prediction, x_t: (B, C, h, w) float32. Returns mu (B, C, h, w) and sigma_t, a
+    tensor without axes. [DDIM, Song et al., Eq. 12]
     """
     x_0, eps = predict_x_0(schedule, prediction, x_t, t)
     abar_prev = schedule.alpha_bar[t - 1].float()
@@ -139,6 +141,7 @@ def guided_prediction(unet, schedule, x_t, t, cond, uncond, guidance):
 def keyed_generator(*key):
     """A CPU generator for a key of ints and strings, e.g. (seed, round, root, branch)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
+    # `manual_seed` takes 63 bits
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
@@ -181,9 +184,9 @@ class Policy:
         return keyed_noise([keyed_generator(*key) for key in keys], self.latent_shape, "cpu")
 
     def denoise(self, x, start, stop, prompts, keys):
-        """Steps t = start..stop+1 of P states, a key of noise each: x_stop (P, C, h, w), CPU.
+        """Steps t = start..stop+1 of P states, one path from each: x_stop (P, C, h, w), CPU.
 
-        x: (P, C, h, w), or None to draw x_T from the keys as well.
+        x: (P, C, h, w), or None to draw x_T from the keys as well; keys: of noise, P.
         """
         batches = self._walk_all(x, start, stop, prompts, [[key] for key in keys])
         ends = [states[:, 0, -1] for states, _ in batches]
@@ -197,7 +200,7 @@ class Policy:
         between them (P, K, start - stop).
         """
         batches = list(self._walk_all(x, start, stop, prompts, keys))
-        if not batches:  # a process without a root
+        if not batches:  # a process without a root; K is not known then, and 1 will do
             return torch.zeros(0, 1, start - stop + 1, *self.latent_shape), torch.zeros(0)
         states, log_p = zip(*batches)
         return torch.cat(states), torch.cat(log_p)
@@ -221,17 +224,17 @@ class Policy:
         """K branches of each of b states, together: states (b, K, ...) and log p, as `branch`."""
         K = len(keys[0])
         generators = [keyed_generator(*key) for branches in keys for key in branches]
-        if x is None:  # x_T comes first out of each key
+        if x is None:  # only with K = 1: x_T comes first out of each key
             x = keyed_noise(generators, self.latent_shape, self.device)
         states, log_ps = [x.repeat_interleave(K, 0)], []
+        of_branches = [prompt for prompt in prompts for _ in range(K)]
         for t in range(start, stop, -1):
             if t == start:
                 # Branches of a root share x_start: one UNet call a root, not K
                 mu, sigma = self(x, t, prompts)
                 mu = mu.repeat_interleave(K, 0)
-                prompts = [prompt for prompt in prompts for _ in range(K)]
             else:
-                mu, sigma = self(states[-1], t, prompts)
+                mu, sigma = self(states[-1], t, of_branches)
             x_prev = mu + sigma * keyed_noise(generators, self.latent_shape, self.device)
             assert x_prev.dtype == torch.float32, "latents must be float32"
             states.append(x_prev)

@@ -240,7 +240,7 @@ def base_parser(description, out):
     """A parser with the flags that this command and the studies share."""
     parser = Parser(description)
     add = parser.add_argument
-    add("--lora", nargs="*", default=[], metavar="RUN", help="run folders or LoRA files")
+    add("--lora", nargs="*", type=os.path.expanduser, default=[], help="run folders or LoRA files")
     add("--template", type=int, choices=(1, 2, 3), default=1, help="prompt template (App. H)")
     add("--prompts", help="a file of prompts, one a line")
     metrics = f"by commas: {', '.join(REWARDS)}, is, or your own file.py:function, which is run"
@@ -257,7 +257,8 @@ def base_parser(description, out):
 
 def fill_in(args):
     """What the flags leave open is as in the runs of --lora; bad input ends with one line."""
-    runs = [r for r in args.lora if os.path.exists(os.path.join(r, "config.json"))]
+    folders = [path if path.is_dir() else path.parent for path in map(Path, args.lora)]
+    runs = [folder for folder in folders if (folder / "config.json").exists()]
     configs = [read_config(run) for run in runs]
     defaults = dict(model="tiny", T=T, eta=ETA, guidance=GUIDANCE, metrics="clip")
     defaults |= dict(image_size=None, prediction_type=None, model_config=None, base_lora=None)
@@ -295,9 +296,8 @@ def load(args, known):
     dtype = DTYPES[args.precision]
     names = [m for m in args.metrics if m != "is"] or ["clip"]
     rewards = {name: load_reward(name, pipeline.tiny, device, dtype) for name in names}
-    clip = None
-    if "is" in args.metrics:
-        clip = load_reward("clip", pipeline.tiny, device, dtype).model
+    needs_clip = "is" in args.metrics
+    clip = load_reward("clip", pipeline.tiny, device, dtype).model if needs_clip else None
     return pipeline, rewards, clip, find_judge(pipeline, known)
 
 

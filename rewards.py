@@ -257,8 +257,9 @@ def own_reward(name):
 
 def required_arguments(function):
     """How many arguments a function, or a module's forward, must be given by position."""
-    parameters = inspect.signature(getattr(function, "forward", function)).parameters.values()
-    return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters)
+    needed = lambda p: p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD
+    calls = (function, getattr(function, "forward", function))
+    return max(sum(map(needed, inspect.signature(call).parameters.values())) for call in calls)
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@
 samples pictures with DDIM, scores them against their prompts and trains LoRA weights of
 the UNet by policy gradient. Two ideas against the sparse reward: BPT trains only the
 last tau steps, and tau grows to T over the rounds (Sec. 3.2); BS branches K times at
-x_tau and trains on the best and the worst branch (Sec. 3.3). DDPO, the baseline, is a
-setting: --no-bpt --no-bs.
+x_tau and trains on the best and the worst branch (Sec. 3.3). DDPO, the baseline, is
+--no-bpt --no-bs; Table 6 gives it updates four times larger (`--update-size`).
 
 The loop in `algorithm_1` reads like Algorithm 1. The mathematics is in `b2rl.py` (Eq. 2
 to 8) and `ddim_logprob.py` (Eq. 1); what is not the paper's is in `support/`.
@@ -60,28 +60,28 @@ SETTINGS = (
     ("branches", 3, 3, "branches K, BS [Table 6]"),
     ("threshold", 0.5, 0.5, "threshold, Eq. 5 [Table 6]"),
     ("window", 8, 8, "past rounds in r_hat [official]"),
-    ("min_count", 16, 16, "scores for a prompt's own mean [ddpo]"),
+    ("min_count", 16, 16, "scores for a prompt's mean [ddpo]"),
     # How much is sampled. Compare methods at equal queries: rounds x queries
-    ("rounds", 100, 16, "rounds N [official; tiny: ours]"),
-    ("queries", 256, 192, "rewards a round [paper: 25.6k]"),
+    ("rounds", 100, 16, "rounds [official; tiny: ours]"),
+    ("queries", 255, 192, "rewards a round [25.6k: D.4]"),
     ("epochs", 2, 2, "passes over a round [official]"),
-    ("update_size", 64, 32, "trajectories an update [Table 6]"),
+    ("update_size", 64, 32, "trajectories an update [Table 6; tiny: ours]"),
     # The update. The clip range belongs to a log p that is a mean over D: see b2rl.py
     ("lr", 1e-4, 2e-3, "learning rate [Table 6; tiny: ours]"),
     ("weight_decay", 1e-4, 1e-4, "weight decay [Table 6]"),
     ("beta1", 0.9, 0.9, "AdamW beta_1 [Table 6]"),
     ("beta2", 0.999, 0.999, "AdamW beta_2 [Table 6]"),
     ("adam_eps", 1e-8, 1e-8, "AdamW epsilon [Table 6]"),
-    ("clip_range", 1e-4, 1e-3, "clip of the ratio [ddpo; tiny: ours]"),
+    ("clip_range", 1e-4, 1e-3, "clip of p/p_old [ddpo; tiny: ours]"),
     ("adv_clip", 5.0, 5.0, "clip of r_hat [official, ddpo]"),
     ("max_grad_norm", 1.0, 1.0, "gradient norm clip [official, ddpo]"),
     # LoRA, and what only DPOK and DPO read
     ("rank", 4, 4, "LoRA rank [official]"),
     ("kl_beta", 0.01, 0.01, "DPOK's KL, Eq. 7 [ours]"),
     ("dpo_beta", 0.1, 0.1, "beta of DPO, Eq. 8 [D3PO]"),
-    # How much at once, and what is drawn: these change no gradient
+    # How much at once (tiny: [ours]), and what is drawn: these change no gradient
     ("sample_batch", 8, 128, "states a sampling call [Table 6]"),
-    ("micro_batch", 2, 128, "states a training call [Table 6]"),
+    ("micro_batch", 2, 128, "trajectories a training call [Table 6]"),
     ("decode_batch", 8, 64, "pictures decoded at once"),
     ("eval_images", 1, 2, "pictures a prompt"),
     ("grid_every", 10, 5, "rounds between grids"),
@@ -124,10 +124,11 @@ def parse_args(argv):
     """Flags -> namespace with every setting; ends with one line on bad input."""
     parser = make_parser()
     defaults = vars(parser.parse_args([]))
-    # Where the namespace has a name already, argparse leaves its default out
+    # A name that the namespace has already keeps its value, None, unless a flag sets it: so
+    # we see which flags were given
     flags = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
     given = {name: value for name, value in flags.items() if value is not None}
-    settings = defaults | given | {"reward_is_meant": "reward" in given}
+    settings = defaults | given | {"reward_was_given": "reward" in given}
     if "resume" not in given:
         return check(fill_in(argparse.Namespace(**settings), given))
     with run_folder.reading(Path(given["resume"]) / "config.json"):
@@ -147,7 +148,7 @@ def fill_in(args, given):
         args.step_weight = "rms" if tiny_folder(args.model) else "uniform"
     if args.no_bs:  # a root that does not branch is a single trajectory
         args.branches = 1
-    # Whole roots: the queries that are left over are not drawn
+    # Whole roots: the queries that are left over are not drawn. `check` refuses too few
     if args.queries > args.branches > 0:
         args.queries -= args.queries % args.branches
     if args.tau_rounds is None:
@@ -199,7 +200,8 @@ def score(pipeline, reward, judge, x_0, roots, K):
     x_0: (Q, K, C, h, w) of the own roots. judge: of the tiny model, or None; it is
     asked, never trained on.
     """
-    found = torch.zeros(2, len(roots.prompts), K)  # scores, and what the judge says
+    # Row 0: the scores. Row 1: what the judge says
+    found = torch.zeros(2, len(roots.prompts), K)
     prompts = [prompt for prompt in roots.own_prompts for _ in range(K)]
     x_0 = x_0.flatten(0, 1)
     answers = []
@@ -225,19 +227,21 @@ def score(pipeline, reward, judge, x_0, roots, K):
 
 
 def make_scaler(cfg, device):
-    """In fp16 the gradients of a mean over D and an update would round to 0: the loss is scaled up.
+    """Scales the loss up in fp16, where gradients as small as ours would round to 0.
 
-    DPO's is larger by beta * D. The scale must be there even in a process without a share.
+    They are small since the loss is a mean over D and over an update. DPO's is larger by
+    beta * D.
     """
     scale = 2.0**6 if cfg.algo == "dpo" else 2.0**16
     half = cfg.precision == "fp16"
     scaler = torch.amp.GradScaler(device.type, scale, enabled=half)
+    # It makes its scale when it first scales, which a process without a share never does
     scaler.scale(torch.zeros((), device=device))
     return scaler
 
 
-def to_measure(kept, cfg, i):
-    """Eight kept trajectories of round i: enough to measure by, and cheap."""
+def choose_probe(kept, cfg, i):
+    """Eight kept trajectories of round i, to measure by: enough, and cheap."""
     order = torch.randperm(len(kept), generator=keyed_generator(cfg.seed, i, "some"))
     return kept[order[:8]]
 
@@ -271,7 +275,7 @@ def end_round(run, cfg, pipeline, reward, lists, metrics, lora, optimizer, state
     if lists and done % cfg.grid_every == 0 and done < cfg.rounds:
         name = next(iter(lists))
         picture = f"round{done:04d}-{name}"
-        draw(run, pipeline, reward, None, lists[name][:18], 1, picture)
+        draw(run, pipeline, reward, None, lists[name][:18], each=1, name=picture)
     if run.worker != 0:
         return
     if cfg.save_every and done % cfg.save_every == 0:
@@ -291,8 +295,8 @@ def finish(run, cfg, lora, lists, before, after, train_prompts):
     run_folder.write_json(run.folder / "summary.json", summary)
     report.write_card(run.folder, cfg, summary, train_prompts, webui_name)
     for name in list(lists)[:1]:
-        scores = before[name], after[name]
-        report.before_after(run.folder, name, lists[name], *scores, run.workers)
+        of_both = before[name], after[name]
+        report.before_after(run.folder, name, lists[name], *of_both, run.workers)
     run.say(report.last_lines(run.folder, rows, train_prompts[0]))
 
 
@@ -348,8 +352,8 @@ def algorithm_1(cfg):
         x, log_p_old = policy.branch(x_tau, tau, 0, roots.own_prompts, branch_keys)
         rollout = Rollout(x, log_p_old, roots.own_prompts, roots.own, device)
 
-        # The reward sees finished pictures alone and names no step: it is sparse. r_hat says
-        # how good a picture is for its prompt, so that hard prompts do not count as bad ones
+        # The reward sees finished pictures alone: it is sparse. r_hat says how good one is for
+        # its prompt (of which it needs `min_count` scores): hard prompts are not bad pictures
         clock.start("reward")
         scores, metrics = score(pipeline, reward, judge, x[:, :, -1], roots, cfg.branches)
         r_hat = normalise(i, roots.prompts, scores)  # App. D.1
@@ -359,10 +363,10 @@ def algorithm_1(cfg):
 
         clock.start("training")
         pipeline.move_others(reward, "cpu")  # with --offload
-        measured = to_measure(kept, cfg, i)
+        probe = choose_probe(kept, cfg, i)
         if cfg.step_weight == "rms" and len(kept):
             signs = keyed_generator(cfg.seed, i, "signs")
-            energy = step_energy(policy, rollout, measured, cfg.micro_batch, lora, signs)
+            energy = step_energy(policy, rollout, probe, cfg.micro_batch, lora, signs)
             step_weights.measure(energy)
         weights = step_weights(tau).to(device)  # (tau + 1,), by t
         # theta_old is the policy that sampled the round; theta moves away from it from update
@@ -376,7 +380,6 @@ def algorithm_1(cfg):
                 for batch in rollout.batches(update, cfg.micro_batch):
                     mu, sigma = policy(batch.x_t, batch.t, batch.prompts)
                     log_p = log_prob(batch.x_prev, mu, sigma)  # Eq. 1
-                    log_p_old = batch.log_p_old
                     advantage = r_hat[batch.root, batch.branch].to(device)
                     advantage = advantage.clamp(-cfg.adv_clip, cfg.adv_clip)  # App. D.1
                     h = None
@@ -384,19 +387,20 @@ def algorithm_1(cfg):
                         with torch.no_grad(), lora_off(policy.unet):  # p_pre
                             mu_ref, _ = policy(batch.x_t, batch.t, batch.prompts)
                     if cfg.algo == "ddpo":  # Eq. 6, clipped
-                        loss = ddpo_loss(log_p, log_p_old, advantage, cfg.clip_range)
+                        loss = ddpo_loss(log_p, batch.log_p_old, advantage, cfg.clip_range)
                     elif cfg.algo == "pg":  # Eq. 6
-                        loss = pg_loss(log_p, log_p_old, advantage)
+                        loss = pg_loss(log_p, batch.log_p_old, advantage)
                     elif cfg.algo == "dpok":  # Eq. 7
-                        loss = ddpo_loss(log_p, log_p_old, advantage, cfg.clip_range)
+                        loss = ddpo_loss(log_p, batch.log_p_old, advantage, cfg.clip_range)
                         loss = dpok_loss(loss, gaussian_kl(mu, mu_ref, sigma), cfg.kl_beta)
                     elif cfg.algo == "dpo":  # Eq. 8
                         log_ref = log_prob(batch.x_prev, mu_ref, sigma)
                         loss, h = dpo_loss(log_p, log_ref, cfg.dpo_beta * D)
-                    # The mean over trajectories and steps, each step with its weight
+                    # This call's share of the mean over the update's trajectories and their
+                    # tau steps, each step with its weight
                     loss = weights[batch.t] * loss.sum() / (len(update) * tau)
                     scaler.scale(loss).backward()
-                    log.add(log_p, log_p_old, loss, h)
+                    log.add(log_p, batch.log_p_old, loss, h)
                 norm = clip_gradient(lora, optimizer, scaler, cfg.max_grad_norm, device)
                 if norm.isfinite():  # else the update is skipped, and counted
                     scaler.step(optimizer)  # AdamW
@@ -407,7 +411,7 @@ def algorithm_1(cfg):
         metrics |= {"alone_on_prompt": normalise.alone, "seconds": clock.stop()}
         metrics |= log.end_round(device)
         if len(kept):
-            metrics["kl_to_base"] = kl_to_base(policy, rollout, measured, cfg.micro_batch)
+            metrics["kl_to_base"] = kl_to_base(policy, rollout, probe, cfg.micro_batch)
         pipeline.move_others(reward, device)
         state = {"fingerprint": fingerprint, "scaler": scaler.state_dict()}
         state |= {"history": normalise.history, "step_square": step_weights.square}

@@ -22,13 +22,13 @@ def init_processes(device):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def share(owners, rank, world):
-    """The positions of `owners` (n ints) that this process works on: those of every world-th owner.
+def share(groups, rank, world):
+    """The positions of `groups` (n ints) that this process works on: those of every world-th group.
 
-    Equal owners stay in one process, as the two trajectories of a DPO pair must.
+    Equal groups stay in one process, as the two trajectories of a DPO pair must.
     Returns (m,) long.
     """
-    return (torch.tensor(owners, dtype=torch.long) % world == rank).nonzero().flatten()
+    return (torch.tensor(groups, dtype=torch.long) % world == rank).nonzero().flatten()
 
 
 def all_sum(tensor, device, op=dist.ReduceOp.SUM):

@@ -37,7 +37,7 @@ LORA = "pytorch_lora_weights.safetensors"
 WITH_RESUME = ("resume", "rounds", "out", "device", "threads", "checkpointing", "offload")
 WITH_RESUME += ("compile", "sample_batch", "micro_batch", "decode_batch", "report_to")
 WITH_RESUME += ("save_every", "grid_every")
-NOT_IN_CONFIG = ("resume", "out", "reward_is_meant")
+NOT_IN_CONFIG = ("resume", "out", "reward_was_given")
 OUT_OF_MEMORY = (
     "out of GPU memory: lower --micro-batch (the gradient stays the same), --sample-batch or "
     "--decode-batch, or add --checkpointing --offload"
@@ -266,7 +266,7 @@ def read_checkpoint(cfg, mark):
                 die(f"{path} was made with {name} {before}, config.json says {value}")
         if old["prompts"] != mark["prompts"]:
             die(f"{cfg.out} was trained on other prompts: put the old ones back, or start anew")
-        if old["reward"] != mark["reward"] and not cfg.reward_is_meant:
+        if old["reward"] != mark["reward"] and not cfg.reward_was_given:
             die(
                 f"{cfg.out} was trained with other code of {cfg.reward}: put the old one back, "
                 f"or, if you mean it: {paste('--resume', cfg.out, '--reward', cfg.reward)}"

@@ -400,6 +400,18 @@ def test_defaults_are_the_runs_else_train_pys(tmp_path, monkeypatch):
     assert evaluation.parse_args(["--device", "cpu"]).model == "tiny"
 
 
+def test_a_file_of_a_run_is_drawn_as_its_run(tmp_path, monkeypatch):
+    """Its model and its T: the file alone would be tried on the default model."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_run(tmp_path / "run", model="somewhere", T=7)
+    for path in (tmp_path / "run/lora-round0010.safetensors", "~/run", "~/run/x.safetensors"):
+        args = evaluation.parse_args([f"--lora={path}", "--device", "cpu"])
+        assert (args.model, args.T) == ("somewhere", 7)
+        assert args.lora == [str(path).replace("~", str(tmp_path))]
+    args = evaluation.parse_args(["--lora", str(tmp_path / "alone.safetensors"), "--device", "cpu"])
+    assert (args.model, args.T) == ("tiny", 20)
+
+
 # ---------------------------------------------------------------- bad input
 
 

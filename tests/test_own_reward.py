@@ -122,6 +122,10 @@ class Module(torch.nn.Module):
     def forward(self, images, prompts, metadata):
         return with_metadata(images, prompts, metadata)
 
+class ModuleThatIsCalled(torch.nn.Module):
+    def __call__(self, images, prompts, metadata):
+        return with_metadata(images, prompts, metadata), {}
+
 class Static:
     @staticmethod
     def score(images, prompts):
@@ -134,7 +138,7 @@ any_arguments = lambda *inputs: score(*inputs)
 from_a_library = torch.nn.Identity()
 """
 NAMES = "score scores_and_info with_metadata metadata_left_open builds_one column row_of_arrays "
-NAMES += "as_list Plain WithMetadata Module made module method any_arguments"
+NAMES += "as_list Plain WithMetadata Module ModuleThatIsCalled made module method any_arguments"
 
 
 @pytest.mark.parametrize("function", NAMES.split())

@@ -22,7 +22,15 @@ PAGES += [ROOT / "results/README.md", ROOT / "tiny/README.md"]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXTS["README.md"]
 # Flags of others: of torchrun, pip, git and this suite
-OTHERS = {"--nproc", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--index-url", "--help"}
+OTHERS = {
+    "--nproc",
+    "--logdir",
+    "--nnodes",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--index-url",
+    "--help",
+}
 
 
 # ---------------------------------------------------------------- the map
@@ -85,7 +93,7 @@ def commands():
             for part in re.split(r"&&|, then ", code):
                 start = r"(?:python|torchrun\b.*?) (-m )?([\w/]+\.py|(?<=-m )[\w.]+)(.*)"
                 words = re.match(start, part.strip())
-                if words and "..." not in part:
+                if words and words[2] != "venv" and "..." not in part:
                     found.append((page, words[2], shlex.split(words[3].split("  #")[0])))
     return found
 

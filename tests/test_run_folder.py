@@ -316,7 +316,7 @@ def test_paths_are_stored_as_given(project):
     config = json.loads((project / "runs/a/config.json").read_text())
     assert config["model"] == "model" and config["prompts"] == "prompts.txt"
     assert config["reward"] == "mean.py:score"
-    assert not {"out", "resume", "reward_is_meant"} & config.keys()
+    assert not {"out", "resume", "reward_was_given"} & config.keys()
     assert set(config["made_with"]) >= {"commit", "torch", "diffusers", "transformers"}
     assert config["lr"] == 1e-3 and config["rounds"] == 2 and config["seed"] == 0
     assert config["reward_changed"] == []
@@ -339,7 +339,7 @@ def test_every_setting_is_stored_and_comes_back(light):
     assert all(getattr(again, name) == 0 for name in zero)
     settings = {k: v for k, v in vars(args).items() if k not in run_folder.NOT_IN_CONFIG}
     assert {k: config[k] for k in settings} == settings
-    assert vars(again) | {"resume": None, "reward_is_meant": True} == vars(args)
+    assert vars(again) | {"resume": None, "reward_was_given": True} == vars(args)
     assert fingerprint(vars(again), "") == fingerprint(vars(args), "")
 
 
@@ -531,7 +531,7 @@ def test_a_fingerprint_is_of_settings_prompts_and_reward(empty):
     others |= dict(sample_batch=3, decode_batch=3, checkpointing=True, compile=True, resume="x")
     others |= dict(report_to=["wandb"], save_every=3, grid_every=4, reward="other.py:f")
     assert fingerprint(config | others, "source") == mark
-    named = set(config) - set(others) - {"prompts", "reward_is_meant"}
+    named = set(config) - set(others) - {"prompts", "reward_was_given"}
     assert set(mark["settings"]) == named and {name for name, *_ in train.SETTINGS} <= set(config)
     for name in named:
         changed = fingerprint(config | {name: "other"}, "source")

@@ -514,12 +514,12 @@ def test_kl_to_base_of_a_round(loop):
 def test_eight_trajectories_are_measured():
     """Drawn from all that is kept, the same for a seed and round; all, where there are fewer."""
     cfg, kept = SimpleNamespace(seed=3), torch.arange(300).view(100, 3)
-    few = train.to_measure(kept, cfg, 0)
+    few = train.choose_probe(kept, cfg, 0)
     assert few.shape == (8, 3) and len({tuple(row) for row in few.tolist()}) == 8
     assert {row[0] // 3 for row in few.tolist()} <= set(range(100)) and few.max() > 30
-    assert torch.equal(few, train.to_measure(kept, cfg, 0))
-    assert not torch.equal(few, train.to_measure(kept, cfg, 1))
-    assert sorted(train.to_measure(kept[:5], cfg, 0)[:, 0].tolist()) == [0, 3, 6, 9, 12]
+    assert torch.equal(few, train.choose_probe(kept, cfg, 0))
+    assert not torch.equal(few, train.choose_probe(kept, cfg, 1))
+    assert sorted(train.choose_probe(kept[:5], cfg, 0)[:, 0].tolist()) == [0, 3, 6, 9, 12]
 
 
 # ---------------------------------------------------------------- several processes
