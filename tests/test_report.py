@@ -177,7 +177,7 @@ def test_the_first_and_the_last_lines(tmp_path):
     cfg = parsed("--rounds", "7", "--no-bs")
     assert report.first_lines(cfg, "there", 2).splitlines() == [
         "Training none on cpu (fp32, processes: 2).",
-        "there: ddpo-bpt, 7 rounds of 256 queries (roots of 1 branches), lr 0.0001, seed 0",
+        "there: ddpo-bpt, 7 rounds of 255 queries (roots of 1 branches), lr 0.0001, seed 0",
     ]
     assert "Training the bundled tiny model" in report.first_lines(train.parse_args([]), "x", 1)
     prompt = """a "red" fox, $5 in `it's` paw"""
