@@ -63,9 +63,10 @@ def collect(runs, folder):
         kept = read_row(row)
         if int(seed) in kept or not (source / "summary.json").exists():  # a run ends with it
             continue
-        run = {"seed": int(seed), "config": read_json(source / "config.json")}
-        run |= {"summary": read_json(source / "summary.json"), "rounds": read_metrics(source)}
-        for file in ("config.json", LORA, "before-after.png") if seed == "200" else ():
+        files = ("config", "summary", "before", "after")
+        run = {"seed": int(seed)} | {name: read_json(source / f"{name}.json") for name in files}
+        run["rounds"] = read_metrics(source)
+        for file in ("config.json", LORA) if seed == "200" else ():
             (RESULTS / "main" / name).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / file, RESULTS / "main" / name / file)
         lines = [json.dumps(run) + "\n" for _, run in sorted({**kept, int(seed): run}.items())]
@@ -134,8 +135,7 @@ def describe(planned, rows):
             mean = np.mean([run["shares"] for run in runs], 0)
             for share in (0.5, 0.9):
                 there = np.flatnonzero(mean >= base + share * (final - base))
-                lines = runs[0]["lines"]
-                found += [f"{lines[there[0]]['minutes']:.1f}" if len(there) else "never"]
+                found += [f"{runs[0]['lines'][there[0]]['minutes']:.1f}" if len(there) else "never"]
         table.append(found)
     return table
 

@@ -47,7 +47,8 @@ def write_run(folder, recognised, gain=0.0, template=1, rounds=4, tau=14):
         summary = {name: {"gain": gain} for name in verdict.ENDS}
         (folder / "summary.json").write_text(json.dumps(summary))
         (folder / "pytorch_lora_weights.safetensors").write_bytes(b"lora")
-        (folder / "before-after.png").write_bytes(b"picture")
+        for name in ("before", "after"):
+            (folder / f"{name}.json").write_text(json.dumps({"train": {"score": [gain]}}))
 
 
 def write_four(runs):
@@ -291,7 +292,7 @@ def test_finished_runs_are_kept(results):
     verdict.main(["--collect", str(runs)])
     files = sorted(str(p.relative_to(results / "main")) for p in results.glob("main/**/*.*"))
     lora = "pytorch_lora_weights.safetensors"
-    kept = [f"b2-seed200/{name}" for name in ("before-after.png", "config.json", lora)]
+    kept = [f"b2-seed200/{name}" for name in ("config.json", lora)]
     assert files == [*kept, "b2.jsonl"]
     assert list(verdict.read_row("b2")) == [200, 201]  # in order
     assert verdict.read_row("b2")[201]["rounds"][3]["recognised"] == 0.4
