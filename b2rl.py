@@ -13,16 +13,16 @@ No files, no pipeline: torch, and sums over processes.
     Eq. 2 is maximised; a loss is minimised, so each loss here has a minus sign.
     Each loss returns one value per (trajectory, t). `train.py` takes the mean.
     Eq. 6 has a sum over t, the authors' code a mean: the sum / tau [official]. The factor
-    changes what the clip of the gradient's norm does, and nothing else: AdamW divides it out.
+    changes what the clip of the gradient's norm does, and little else: AdamW divides it out.
 
 Sources: [official] hu-zijing/B2-DiffuRL: run_process.sh 20-35 (tau, window, threshold),
 run_select.py 62-90 (r_hat), 150-162 (best and worst), run_train.py 78 (mean over t),
 327-342 (loss). [ddpo] kvablack/ddpo-pytorch: ddim_with_logprob.py 184-190 (mean over D),
 stat_tracking.py 20-25 (minimum count). Commits and the rest: docs/notes.md.
 
-The clip range belongs to a log-probability averaged over D dimensions: DDPO's 1e-4
-[ddpo] is for D = 16,384. The authors' script has 0.1 [official]. That is almost never
-reached, so that PPO turns into plain policy gradient.
+The clip range belongs to a log-probability averaged over D dimensions, and goes as 1 / D:
+DDPO's 1e-4 [ddpo] at D = 16,384 is 1.6e-3 at the tiny model's 1,024. The authors' script has
+0.1 [official]. That is almost never reached, so that PPO turns into plain policy gradient.
 """
 
 import math
@@ -43,7 +43,7 @@ from support.processes import all_sum, share
 
 
 def tau_schedule(i, rounds, T=20, tau0=14):
-    """tau of round i = 0, 1, ...: linear from tau0 (14 [official]) to T (App. D.1).
+    """tau of round i = 0, 1, ...: linear in `rounds` from tau0 (14 [official]) to T (App. D.1).
 
     [official] tau0 + floor(i * (T - tau0 + 1) / rounds): each tau lasts about equally
     long. A run of fewer than T - tau0 + 1 rounds would not reach T with it: such a run is
@@ -84,7 +84,7 @@ class StepWeights:
         if self.kind == "rms":
             squares = [self.square.get(str(t), 0.0) for t in range(tau, 0, -1)]
             weights = torch.tensor(squares).rsqrt()
-            # A step without a measured gradient: no round has kept anything so far
+            # A step without a measured gradient: no round with it has kept anything so far
             weights = weights.where(weights.isfinite(), torch.ones(()))
         weights = weights / weights.mean()
         return torch.cat([weights, torch.zeros(1)]).flip(0)
@@ -100,7 +100,7 @@ class RewardNormaliser:
     `window` rounds (8 [official]). A prompt that has fewer than `min_count` scores (16 [ddpo],
     0 [official]) takes the mean and std of all of this round's scores, of all prompts. If
     the scores that it is compared with are one or all equal, there is no std: r_hat is 0, so
-    the prompt is not trained on [ours].
+    the prompt gives no pair [ours].
     """
 
     def __init__(self, window=8, min_count=0):
@@ -108,7 +108,7 @@ class RewardNormaliser:
         self.min_count = min_count
         self.history = {}  # prompt -> [[round, [scores]], ...], oldest first
         # Scores of the last round that were compared within their own root only; there are none
-        # if `min_count` is above K, as it is by default
+        # if `min_count` is above K, as the 16 of train.py is
         self.alone = 0
 
     def __call__(self, i, prompts, scores):
@@ -169,8 +169,8 @@ def dpo_pairs(kept, r_hat, prompts, threshold=0.5):
     """What DPO trains on (Eq. 8): the groups in which both best and worst are kept.
 
     Without BS, r_hat (P, 1), a pair is the best and the worst trajectory of a prompt in
-    the round [ours], and the group is the prompt. prompts: P strings. Returns (M', 3)
-    as `select_pairs`. A group of more than two is refused: it is no pair.
+    the round [ours], and the group is the prompt; `kept` is not read. prompts: P strings.
+    Returns (M', 3) as `select_pairs`. A group of more than two is refused: it is no pair.
     """
     if r_hat.shape[1] == 1:  # without BS: a prompt's roots play the part of branches
         pairs = []

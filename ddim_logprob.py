@@ -61,7 +61,7 @@ def make_schedule(scheduler, T=20, eta=1.0):
     if config.prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"prediction_type {config.prediction_type!r} is not supported")
     spacing = config.timestep_spacing
-    if spacing not in ("leading", "trailing"):  # linspace steps are not a chain
+    if spacing not in ("leading", "trailing"):  # with linspace steps do not join
         raise ValueError(f"timestep_spacing {spacing!r}: use leading or trailing")
     scheduler.set_timesteps(T)
     # Entry 0 stands for no step: it only makes t the index
@@ -164,7 +164,7 @@ class Policy:
     latent_shape: tuple  # (C, h, w)
     device: torch.device
     guidance: float = 5.0
-    sample_batch: int = 8  # states a UNet call in sampling; guidance doubles it
+    sample_batch: int = 8  # states a UNet call (K at least); guidance doubles it
 
     def __call__(self, x_t, t, prompts):
         """Eq. 1: mu_theta (B, C, h, w) and sigma_t of p_theta(x_{t-1} | x_t, c). Gradients flow.
@@ -230,7 +230,7 @@ class Policy:
         of_branches = [prompt for prompt in prompts for _ in range(K)]
         for t in range(start, stop, -1):
             if t == start:
-                # Branches of a root share x_start: one UNet call a root, not K
+                # Branches of a root share x_start: one row of the UNet call a root, not K
                 mu, sigma = self(x, t, prompts)
                 mu = mu.repeat_interleave(K, 0)
             else:

@@ -3,7 +3,8 @@
     python train.py --reward clip --template 1
 
 samples pictures with DDIM, scores them against their prompts and trains LoRA weights of
-the UNet by policy gradient. Two ideas against the sparse reward: BPT trains only the
+the UNet by policy gradient (of the bundled tiny model; `--model` takes Stable Diffusion).
+Two ideas against the sparse reward: BPT trains only the
 last tau steps, and tau grows to T over the rounds (Sec. 3.2); BS branches K times at
 x_tau and trains on the best and the worst branch (Sec. 3.3). DDPO, the baseline, is
 --no-bpt --no-bs; Table 6 gives it updates four times larger (`--update-size`).
@@ -49,7 +50,8 @@ from support.prompts import load_prompts
 
 ALGOS = ("ddpo", "pg", "dpok", "dpo")
 # Every number of the method: flag, default for SD and for tiny, what it is, its source.
-# A new row is a flag, stands in config.json and in the checkpoint, and needs no other line.
+# A new row is a flag, stands in config.json and in the checkpoint, and needs no other line:
+# only one that may be 0 is named in `check`, too.
 SETTINGS = (
     # The diffusion: how a picture is sampled, in training and in evaluation alike
     ("T", T, T, "denoising steps [Table 6]"),
@@ -63,7 +65,7 @@ SETTINGS = (
     ("min_count", 16, 16, "scores for a prompt's mean [ddpo]"),
     # How much is sampled. Compare methods at equal queries: rounds x queries
     ("rounds", 100, 16, "rounds [official; tiny: ours]"),
-    ("queries", 255, 192, "rewards a round [25.6k: D.4]"),
+    ("queries", 255, 192, "rewards a round [ours, D.4]"),
     ("epochs", 2, 2, "passes over a round [official]"),
     ("update_size", 64, 32, "trajectories an update [Table 6; tiny: ours]"),
     # The update. The clip range belongs to a log p that is a mean over D: see b2rl.py
@@ -124,8 +126,8 @@ def parse_args(argv):
     """Flags -> namespace with every setting; ends with one line on bad input."""
     parser = make_parser()
     defaults = vars(parser.parse_args([]))
-    # A name that the namespace has already keeps its value, None, unless a flag sets it: so
-    # we see which flags were given
+    # The first parse gave the defaults, this one gives what was typed: a name that the
+    # namespace has already keeps its value, None, unless a flag sets it
     flags = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
     given = {name: value for name, value in flags.items() if value is not None}
     settings = defaults | given | {"reward_was_given": "reward" in given}
@@ -148,7 +150,7 @@ def fill_in(args, given):
         args.step_weight = "rms" if tiny_folder(args.model) else "uniform"
     if args.no_bs:  # a root that does not branch is a single trajectory
         args.branches = 1
-    # Whole roots: the queries that are left over are not drawn. `check` refuses too few
+    # Whole roots: the queries that are left over are not drawn. `check` refuses 0 branches
     if args.queries > args.branches > 0:
         args.queries -= args.queries % args.branches
     if args.tau_rounds is None:
@@ -198,7 +200,7 @@ def score(pipeline, reward, judge, x_0, roots, K):
     """The reward of Eq. 2: scores of all processes' pictures (P, K), and metrics by name.
 
     x_0: (Q, K, C, h, w) of the own roots. judge: of the tiny model, or None; it is
-    asked, never trained on.
+    asked, never trained on. The spread within a prompt is that of the own pictures.
     """
     # Row 0: the scores. Row 1: what the judge says
     found = torch.zeros(2, len(roots.prompts), K)
@@ -235,13 +237,14 @@ def make_scaler(cfg, device):
     scale = 2.0**6 if cfg.algo == "dpo" else 2.0**16
     half = cfg.precision == "fp16"
     scaler = torch.amp.GradScaler(device.type, scale, enabled=half)
-    # It makes its scale when it first scales, which a process without a share never does
+    # It makes its scale when it first scales, which a process without a share never does;
+    # `unscale_` then fails
     scaler.scale(torch.zeros((), device=device))
     return scaler
 
 
 def choose_probe(kept, cfg, i):
-    """Eight kept trajectories of round i, to measure by: enough, and cheap."""
+    """At most eight kept trajectories of round i, for `step_energy` and `kl_to_base`."""
     order = torch.randperm(len(kept), generator=keyed_generator(cfg.seed, i, "some"))
     return kept[order[:8]]
 
@@ -352,8 +355,8 @@ def algorithm_1(cfg):
         x, log_p_old = policy.branch(x_tau, tau, 0, roots.own_prompts, branch_keys)
         rollout = Rollout(x, log_p_old, roots.own_prompts, roots.own, device)
 
-        # The reward sees finished pictures alone: it is sparse. r_hat says how good one is for
-        # its prompt (of which it needs `min_count` scores): hard prompts are not bad pictures
+        # The reward sees finished pictures alone: it is sparse. r_hat compares one with others
+        # of its prompt; while that has fewer than `min_count` scores, with the whole round
         clock.start("reward")
         scores, metrics = score(pipeline, reward, judge, x[:, :, -1], roots, cfg.branches)
         r_hat = normalise(i, roots.prompts, scores)  # App. D.1

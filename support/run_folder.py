@@ -8,7 +8,8 @@
     before.json, after.json            a score a picture; summary.json: their means and gains
     grids/*.png, README.md             pictures of the same noise; a model card
 
-Every file is written aside and then renamed, so a stop leaves the old or the new one. JSON
+Every file is written aside and then renamed, so a stop leaves the old or the new one (to
+metrics.jsonl a line is added, and cut off on resume if its round has no checkpoint). JSON
 and safetensors only, nothing that can run code. No random state is kept, since all noise is
 keyed (`ddim_logprob.py`).
 """

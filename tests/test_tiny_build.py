@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import math
 from argparse import Namespace
 from types import SimpleNamespace
@@ -383,6 +384,11 @@ def test_bfloat16_is_used_where_the_cpu_is_quick_at_it(found, quick, monkeypatch
 # ---------------------------------------------------------------- what is written
 
 
+def without_versions(path):
+    """The text of a JSON file without the versions of the libraries that wrote it."""
+    return re.sub(r'"(_diffusers|transformers)_version": "[^"]*"', "", path.read_text())
+
+
 def test_every_part_trains_and_is_written(tmp_path, monkeypatch):
     """A step of each part on noise: the folder is a model that every library loads."""
     monkeypatch.chdir(tmp_path)
@@ -453,7 +459,8 @@ def test_every_part_trains_and_is_written(tmp_path, monkeypatch):
             made, ours = (json.loads((folder / path).read_text()) for folder in (out, HOME))
             assert made.items() >= ours.items() and str(ROOT) not in str(made)
         elif path.suffix == ".json" and str(path) not in fitted:
-            assert (out / path).read_bytes() == (HOME / path).read_bytes(), path
+            made, ours = (without_versions(folder / path) for folder in (out, HOME))
+            assert made == ours, path
         elif path.suffix == ".safetensors":
             made, ours = load_file(out / path), load_file(HOME / path)
             assert {k: (v.shape, v.dtype) for k, v in made.items()} == {

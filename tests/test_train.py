@@ -219,7 +219,7 @@ def test_round_is_what_a_plain_loop_samples(loop):
     images = torch.stack(images)
     scores = brightness(images, None).view(3, 3)
     torch.testing.assert_close(sampled.scores, scores, atol=2e-5, rtol=0)
-    assert scores.std() > 1e-3, "one picture's score is not another's"
+    assert scores.std() > 1e-4, "one picture's score is not another's"
     line, names = seen.metrics[1], [name for name in sampled.drawn for _ in range(3)]
     numbers = sampled.scores.flatten().tolist()
     assert line["reward_mean"] == pytest.approx(statistics.mean(numbers), rel=1e-5)
