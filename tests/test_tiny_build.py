@@ -2,8 +2,8 @@
 
 import itertools
 import json
-import re
 import math
+import re
 from argparse import Namespace
 from types import SimpleNamespace
 
