@@ -23,13 +23,14 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
+# Ours first: `support` sets what torch reads when it is imported
 import train
 from lora import inject_lora
 from studies.common import markdown
 from support.command import Parser, positive
 from support.pipeline import DTYPES
+
+import torch
 
 # All rounds at tau0, of weights that stand still, without pictures
 STILL = ("--lr=1e-12", "--tau-rounds=30000", "--eval-prompts=0")

@@ -15,8 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
+# Ours first: `support` sets what torch reads when it is imported
 import train
 from b2rl import RewardNormaliser, draw_roots, select_pairs, tau_schedule
 from ddim_logprob import guided_prediction, predict_x_0
@@ -26,6 +25,8 @@ from support.command import Parser, die, positive
 from support.pipeline import DTYPES, load_pipeline
 from support.prompts import load_prompts
 from support.report import pyplot, save_figure
+
+import torch
 
 # Of a branch, its colour and the word under it, by its fate: 0, 1 and -1, which is the last
 FATES = ("0.5", "not trained"), ("#1a7f37", "best: trained"), ("#c0271a", "worst: trained")

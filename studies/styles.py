@@ -13,12 +13,13 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
+# Ours first: `support` sets what torch reads when it is imported
 from eval import base_parser, evaluate, fill_in, find_judge, guarded, load_lora
 from support.pipeline import load_pipeline
 from support.prompts import load_prompts
 from support.run_folder import ROOT, read_config, read_json, write_json
+
+import torch
 
 STYLES = ROOT / "results/styles.json"
 

@@ -22,15 +22,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
-from b2rl import RewardNormaliser
+# Ours first: `support` sets what torch reads when it is imported
 from eval import LABELS, base_parser, fill_in, guarded, load, load_lora
+from b2rl import RewardNormaliser
 from studies.common import markdown
 from support.command import die, positive, progress
 from support.prompts import load_prompts
 from support.report import pyplot, save_figure
 from support.run_folder import write_json
+
+import torch
 
 NAMES = LABELS | {"recognised": "judge"}
 # Branching at t = 2, 4, ..., 20; every share is a multiple of 1/256, hence 256 roots

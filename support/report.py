@@ -56,8 +56,7 @@ class TrainingLog:
     def reset(self):
         self.totals = torch.zeros(7, dtype=torch.float64)  # of what `end_round` names
         self.largest = torch.zeros(1, dtype=torch.float64)  # |log ratio| before the first update
-        self.norms = []
-        self.sizes = []
+        self.norms, self.sizes = [], []
 
     def add(self, log_p, log_p_old, loss, h=None):
         """A micro-batch: log p now and then (b,), its share of the loss, DPO's h (b / 2,)."""

@@ -1,6 +1,7 @@
 """The commands: flags that are refused, and the order in which the files import one another."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -292,3 +293,28 @@ def test_the_tiny_pipeline_draws_in_diffusers_alone():
     noise = torch.Generator().manual_seed(0)
     image = pipe("a cat washing dishes", generator=noise, **settings).images
     assert image.shape == (1, 3, 64, 64) and image.std() > 0.02
+
+
+@pytest.mark.parametrize(
+    "theirs, found",
+    [
+        ({}, ["PASSIVE", "2000"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["PASSIVE", "7"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", None]),
+        ({"OMP_WAIT_POLICY": "passive"}, ["passive", None]),
+    ],
+)
+def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise(theirs, found):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    env = {name: value for name, value in os.environ.items() if name not in names} | theirs
+    code = f"import support, os, json; print(json.dumps([os.environ.get(n) for n in {names}]))"
+    shown = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env)
+    assert json.loads(shown) == found
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "studies.bench", "tiny.build.__main__"])
+def test_every_command_sets_them_before_torch_is_imported(command):
+    code = "import sys; sys.modules['torch'] = None\ntry: import {}\nexcept ImportError: pass\n"
+    code = code.format(command) + "import os; print(os.environ['GOMP_SPINCOUNT'])"
+    env = {name: value for name, value in os.environ.items() if "OMP_" not in name}
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env) == b"2000\n"

@@ -23,6 +23,9 @@ import math
 import sys
 from pathlib import Path
 
+# Ours first: `support` sets what torch reads when it is imported
+from support.command import Parser, die, first_line
+
 import diffusers
 import numpy as np
 import torch
@@ -31,7 +34,6 @@ import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from open_clip.model import CLIP
 
-from support.command import Parser, die, first_line
 from support.run_folder import read_json, write_json, write_safetensors
 from tiny.build import bars, pictures, samplers, scenes
 from tiny.build.pictures import half
