@@ -30,6 +30,12 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="SIGKILLs of the run in test_kills.py")
 
 
+@pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path, monkeypatch):
+    """Where a test looks at runs/, it does not find the user's."""
+    monkeypatch.chdir(tmp_path)
+
+
 # ---------------------------------------------------------------- the random pipeline
 
 
