@@ -126,7 +126,8 @@ def first_lines(cfg, folder, workers):
 def round_line(line, cfg, first_reward):
     """What stays on the screen of a round; line: its metrics."""
     seconds = sum(line["seconds"].values())
-    left = (cfg.rounds - line["round"]) * seconds / 60
+    # tau grows to T, and a round's time with it
+    left = (cfg.rounds - line["round"]) * seconds / 60 * (1 + cfg.T / line["tau"]) / 2
     text = (
         f"round {line['round']}/{cfg.rounds}  tau {line['tau']}  reward "
         f"{line['reward_mean']:.4f} ({line['reward_mean'] - first_reward:+.4f})  kept "

@@ -144,14 +144,14 @@ def line(i, **more):
     return values | {"seconds": {"sampling": 60.0, "training": 40.25}} | more
 
 
-CFG = SimpleNamespace(rounds=5, threshold=0.5)
+CFG = SimpleNamespace(rounds=5, threshold=0.5, T=20)
 
 
 def test_the_line_of_a_round():
     text = report.round_line(line(2), CFG, 0.6)
     assert text.split("  ") == [
         *("round 2/5", "tau 14", "reward 0.7000 (+0.1000)", "kept 3 of 12", "KL 0.250"),
-        "100.2 s, about 5 min left",
+        "100.2 s, about 6 min left",  # three of 100.25 s times the mean of 14 and 20 over 14
     ]
     assert "(-0.2000)" in report.round_line(line(2), CFG, 0.9)
     assert report.round_line(line(5), CFG, 0.6).endswith("about 0 min left")
