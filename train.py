@@ -69,7 +69,7 @@ SETTINGS = (
     ("epochs", 2, 2, "passes over a round [official]"),
     ("update_size", 64, 32, "trajectories an update [Table 6; tiny: ours]"),
     # The update. The clip range belongs to a log p that is a mean over D: see b2rl.py
-    ("lr", 1e-4, 2e-3, "learning rate [Table 6; tiny: ours]"),
+    ("lr", 1e-4, 1e-3, "learning rate [Table 6; tiny: ours]"),
     ("weight_decay", 1e-4, 1e-4, "weight decay [Table 6]"),
     ("beta1", 0.9, 0.9, "AdamW beta_1 [Table 6]"),
     ("beta2", 0.999, 0.999, "AdamW beta_2 [Table 6]"),

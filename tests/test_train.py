@@ -719,7 +719,7 @@ def test_defaults_of_the_method():
     both |= dict(adv_clip=5.0, max_grad_norm=1.0, rank=4, kl_beta=0.01, dpo_beta=0.1, seed=0)
     both |= dict(save_every=0, eval_prompts=100, algo="ddpo", no_bpt=False, no_bs=False)
     both |= dict(reward="clip", template=1, precision="fp32", prompts=None)
-    own = dict(rounds=(100, 16), queries=(255, 192), update_size=(64, 32), lr=(1e-4, 2e-3))
+    own = dict(rounds=(100, 16), queries=(255, 192), update_size=(64, 32), lr=(1e-4, 1e-3))
     own |= dict(clip_range=(1e-4, 1e-3), sample_batch=(8, 128), micro_batch=(2, 128))
     own |= dict(decode_batch=(8, 64), eval_images=(1, 2), grid_every=(10, 5))
     own |= dict(step_weight=("uniform", "rms"), tau_rounds=(100, 16))
@@ -748,7 +748,7 @@ def test_the_tiny_model_is_the_default_on_every_device(monkeypatch):
         args = train.parse_args(flags)
         device = flags[1] if flags else "cuda"
         assert (args.model, args.precision, args.device) == ("tiny", "fp32", device)
-        assert args.lr == 2e-3 and args.out.startswith("runs/tiny-clip-template1-")
+        assert args.lr == 1e-3 and args.out.startswith("runs/tiny-clip-template1-")
     assert train.parse_args(["--model", "org/none"]).precision == "fp16"
 
 
