@@ -3,10 +3,10 @@
     python train.py --reward clip --template 1
 
 samples pictures with DDIM, scores them against their prompts and trains LoRA weights of
-the UNet by policy gradient (of the bundled tiny model; `--model` takes Stable Diffusion).
-Two ideas against the sparse reward: BPT trains only the
-last tau steps, and tau grows to T over the rounds (Sec. 3.2); BS branches K times at
-x_tau and trains on the best and the worst branch (Sec. 3.3). DDPO, the baseline, is
+the UNet by policy gradient. The model is the bundled tiny one, or `--model`. Two ideas
+against the sparse reward: BPT trains only the last tau steps, and tau grows to T over the
+rounds (Sec. 3.2); BS branches K times at x_tau and trains on the best and the worst
+branch, each if it passes a threshold (Sec. 3.3). DDPO, the baseline, is
 --no-bpt --no-bs; Table 6 gives it updates four times larger (`--update-size`).
 
 The loop in `algorithm_1` reads like Algorithm 1. The mathematics is in `b2rl.py` (Eq. 2
@@ -18,9 +18,9 @@ to 8) and `ddim_logprob.py` (Eq. 1); what is not the paper's is in `support/`.
     scores     (P, K), of all processes     r_hat likewise
 
 Deliberate departures, besides those that `b2rl.py` and `ddim_logprob.py` name, all [ours]:
-an update is of about `update_size` trajectories, in UNet calls as large as memory allows;
+an update is of about `update_size` trajectories, in UNet calls of `micro_batch`;
 reward queries a round are a setting (roots: queries / branches), so that methods compare;
-a round in which no branch passes the threshold makes no update and says so.
+a round in which nothing is kept makes no update and says so.
 """
 
 import support  # noqa: F401  it sets what must be set before torch is imported
@@ -99,22 +99,22 @@ def make_parser():
     add = parser.add_argument
     add("--reward", default="clip", help="clip, bert, jpeg or your file.py:function")
     add("--template", type=int, choices=(1, 2, 3), default=1, help="App. H")
-    add("--prompts", help="your own prompts: a text file, one a line")
+    add("--prompts", help="your prompts: a text file, one a line")
     add("--algo", choices=ALGOS, default="ddpo", help="Eq. 6 clipped, Eq. 6, Eq. 7, Eq. 8")
     add("--no-bpt", action="store_true", help="tau = T always (Sec. 3.2)")
     add("--no-bs", action="store_true", help="no branches, train on all")
     add("--step-weight", choices=("uniform", "rms"), help="[paper]; tiny: rms [ours]")
-    add("--seed", type=int, default=0, help="keys all noise")
+    add("--seed", type=int, default=0, help="keys training's noise")
     add_model_flags(add)
     add("--offload", action="store_true", help="the UNet alone on the GPU")
     add("--checkpointing", action="store_true", help="less memory, more time")
-    add("--compile", action="store_true", help="faster, after a slow start")
+    add("--compile", action="store_true", help="faster after a slow start")
     add("--eval-prompts", type=int, help="prompts to draw of each list (100)")
     add("--validation-prompt", action="append", help="draw this, not the lists")
     add("--tau-rounds", type=positive, help="rounds of tau's growth")
     add("--report-to", nargs="+", choices=report.TRACKERS, default=[])
     add("--out", help="run folder (default: in runs/)")
-    add("--resume", metavar="RUN", help="go on with this run")
+    add("--resume", metavar="RUN", help="go on with a run")
     # Their defaults stay open here: they depend on the model, see `fill_in`
     for name, sd, tiny, text in SETTINGS:
         flag = f"--{name.replace('_', '-')}"
@@ -308,7 +308,7 @@ def finish(run, cfg, lora, lists, before, after, train_prompts):
 
 def algorithm_1(cfg):
     """Algorithm 1: the loop over rounds. Returns the run folder."""
-    # Everything that can be refused is refused before the model is loaded
+    # What can be refused without the model is refused before it is loaded
     worker, workers, device = init_processes(torch.device(cfg.device))
     say = tqdm.write if worker == 0 else lambda text: None
     prompts, lists = prompt_lists(cfg, say)
@@ -329,12 +329,13 @@ def algorithm_1(cfg):
     scaler = make_scaler(cfg, device)
 
     # What a run remembers from round to round, beside the weights: a resume brings it back.
-    # There is no random state in it: all noise is keyed by seed, round, root and branch
+    # There is no random state in it: training's noise is keyed by seed, round, root and branch
     normalise = RewardNormaliser(cfg.window, cfg.min_count)
     step_weights = StepWeights(cfg.step_weight)
     rounds_done = run_folder.restore(saved, lora, optimizer, scaler, normalise, step_weights)
     run = Run(folder, worker, workers, say, track)
     before = scores_before(run, cfg, pipeline, reward, judge, lists)
+    # log p is a mean over D numbers, while DPO's beta belongs to their sum
     D = math.prod(policy.latent_shape)
     log = report.TrainingLog(cfg.clip_range)
     clock = report.Clock()
@@ -362,6 +363,7 @@ def algorithm_1(cfg):
         r_hat = normalise(i, roots.prompts, scores)  # App. D.1
         kept = select_all(r_hat) if cfg.no_bs else select_pairs(r_hat, cfg.threshold)  # Eq. 5
         if cfg.algo == "dpo":
+            # A root may have kept one of the two alone: that is no pair
             kept = dpo_pairs(kept, r_hat, roots.prompts, cfg.threshold)
 
         clock.start("training")
@@ -399,8 +401,7 @@ def algorithm_1(cfg):
                     elif cfg.algo == "dpo":  # Eq. 8
                         log_ref = log_prob(batch.x_prev, mu_ref, sigma)
                         loss, h = dpo_loss(log_p, log_ref, cfg.dpo_beta * D)
-                    # This call's share of the mean over the update's trajectories and their
-                    # tau steps, each step with its weight
+                    # Its share of the mean over the update's trajectories and tau steps
                     loss = weights[batch.t] * loss.sum() / (len(update) * tau)
                     scaler.scale(loss).backward()
                     log.add(log_p, batch.log_p_old, loss, h)
