@@ -869,3 +869,14 @@ def test_a_round_at_full_size(full_size, tmp_path, precision, shapes):
     assert json.loads((run / "summary.json").read_text())["train_score"]["n"] == 1
     if precision == "fp32" or shapes == "equal":
         assert line["first_max_log_ratio"] <= 1e-6  # 1% of the clip range
+
+
+def test_threads_are_those_of_the_flag(random_folder):
+    before = torch.get_num_threads()
+    try:
+        load(str(random_folder), threads=2)
+        assert torch.get_num_threads() == 2
+        load(str(random_folder), threads=None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
