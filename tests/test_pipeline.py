@@ -880,3 +880,13 @@ def test_threads_are_those_of_the_flag(random_folder):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_unet_is_compiled_in_place_where_that_is_asked_for(random_folder, monkeypatch):
+    compiled = []
+    compile_ = lambda module: compiled.append(type(module).__name__)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    load(str(random_folder))
+    assert compiled == []
+    load(str(random_folder), compile=True)
+    assert compiled == ["UNet2DConditionModel"]
