@@ -121,6 +121,8 @@ def test_entropies_are_compared_where_both_runs_come():
     assert curves.at_equal_recognition(b, a) == [[pytest.approx(0.8)], [pytest.approx(0.7)]]
     worse = [a[0], {"recognised_of_90": 0.3, "style_entropy": 0.2}]  # it never gets better
     assert curves.at_equal_recognition(a, worse) == [[1.0], [1.0]]
+    as_good = [a[0], {"recognised_of_90": 0.4, "style_entropy": 0.2}]  # no more than before
+    assert curves.at_equal_recognition(as_good, as_good) == [[1.0], [1.0]]
 
 
 def test_runs_that_do_not_serve_end_with_one_line(tmp_path, capsys):
