@@ -3,26 +3,30 @@
     symbol       paper                              here
     tau          training interval [tau, 1], Eq. 3  `tau`
     r, r_hat     score and normalised score, D.1    `scores`, `r_hat`: (P, K)
-    P, K         branch roots, branches of a root   leading axes
+    P, K         roots, of which each is "a branch"  leading axes
+                 in Sec. 3.3, and its trajectories,
+                 which are Table 6's 3 branches
     G+, G-       Eq. 5                              `select_pairs`
     p/p_old      ratio rho in Eq. 4 and 6           exp(log_p - log_p_old)
     theta_old    weights that sampled the round     `log_p_old`, stored while sampling
 
 No files, no pipeline: torch, and sums over processes.
 
-    Eq. 2 is maximised; a loss is minimised, so each loss here has a minus sign.
+    Eq. 2 is maximised. Eq. 4 and 6 print its gradient with a minus: that of a loss, as here.
     Each loss returns one value per (trajectory, t). `train.py` takes the mean.
-    Eq. 6 has a sum over t, the authors' code a mean: the sum / tau [official]. The factor
-    changes what the clip of the gradient's norm does, and little else: AdamW divides it out.
+    Eq. 6 has a sum over t and over the pair. Here it is a mean over both (over t [official]).
+    The factor changes what the clip of the gradient's norm does, and little else: AdamW
+    divides it out.
 
 Sources: [official] hu-zijing/B2-DiffuRL: run_process.sh 20-35 (tau, window, threshold),
 run_select.py 62-90 (r_hat), 150-162 (best and worst), run_train.py 78 (mean over t),
 327-342 (loss). [ddpo] kvablack/ddpo-pytorch: ddim_with_logprob.py 184-190 (mean over D),
-stat_tracking.py 20-25 (minimum count). Commits and the rest: docs/notes.md.
+stat_tracking.py 20-25 (minimum count). [D3PO], commits and the rest: docs/notes.md.
 
-The clip range belongs to a log-probability averaged over D dimensions, and goes as 1 / D:
-DDPO's 1e-4 [ddpo] at D = 16,384 is 1.6e-3 at the tiny model's 1,024. The authors' script has
-0.1 [official]. That is almost never reached, so that PPO turns into plain policy gradient.
+The clip range belongs to a log-probability averaged over D dimensions. For the same limit on
+the sum it goes as 1 / D: 1e-4 [ddpo] at D = 16,384 is 1.6e-3 at 1,024, the tiny model's D,
+which has 1e-3 [ours]. The authors' script has 0.1 [official]. That is almost never reached,
+so that PPO turns into plain policy gradient.
 """
 
 import math
@@ -43,7 +47,7 @@ from support.processes import all_sum, share
 
 
 def tau_schedule(i, rounds, T=20, tau0=14):
-    """tau of round i = 0, 1, ...: linear in `rounds` from tau0 (14 [official]) to T (App. D.1).
+    """tau of round i = 0, 1, ...: linear in i from tau0 (14 [official]) to T (App. D.1).
 
     [official] tau0 + floor(i * (T - tau0 + 1) / rounds): each tau lasts about equally
     long. A run of fewer than T - tau0 + 1 rounds would not reach T with it: such a run is
@@ -63,8 +67,8 @@ class StepWeights:
 
     uniform: 1 [paper]. rms: the inverse root mean square of grad log p_t of single
     trajectories, running over the rounds [ours]. With uniform weights the last two of 20
-    steps have nearly all of the gradient's energy (its squared norm), though nothing of
-    the score is decided there.
+    steps have nearly all of the gradient's energy (its squared norm), though they decide
+    little of the score: Table 5 has 8.2 % when branching at t = 2, 66.4 % at 20.
     """
 
     def __init__(self, kind, keep=0.8):
@@ -84,8 +88,8 @@ class StepWeights:
         if self.kind == "rms":
             squares = [self.square.get(str(t), 0.0) for t in range(tau, 0, -1)]
             weights = torch.tensor(squares).rsqrt()
-            # A step without a measured gradient: no round with it has kept anything so far, nor
-            # has this one, so that these weights are not used
+            # A step that was never measured. No update uses this weight: an update needs kept
+            # trajectories, and a round with some measures its steps first
             weights = weights.where(weights.isfinite(), torch.ones(()))
         weights = weights / weights.mean()
         return torch.cat([weights, torch.zeros(1)]).flip(0)
@@ -109,7 +113,7 @@ class RewardNormaliser:
         self.min_count = min_count
         self.history = {}  # prompt -> [[round, [scores]], ...], oldest first
         # Scores of the last round that were compared within their own root only; there are none
-        # if `min_count` is above K, as the 16 of train.py is (and P above 1)
+        # if `min_count` is above K, as the 16 of train.py is, unless there is one root
         self.alone = 0
 
     def __call__(self, i, prompts, scores):
@@ -129,7 +133,7 @@ class RewardNormaliser:
             compared = torch.tensor([r for _, old in self.history[prompt] for r in old]).double()
             if len(compared) < self.min_count:
                 compared = scores.flatten()
-            elif len(compared) == K:
+            if len(compared) == K:
                 self.alone += K
             if len(compared) > 1 and compared.max() > compared.min():
                 r_hat[rows] = (scores[rows] - compared.mean()) / (compared.std() + 1e-8)
@@ -189,10 +193,10 @@ def dpo_pairs(kept, r_hat, prompts, threshold=0.5):
 def split_updates(kept, size, generator):
     """Cut an epoch's trajectories (M, 3) into updates of about `size` trajectories each.
 
-    There are round(M / size) updates, one at least and a group each at most, of about equally
-    many groups: none is a small rest, and nothing is dropped [ours]. Groups are shuffled and
-    stay whole, since DPO needs a best and its worst in one update. Returns a list of (m, 3)
-    tensors, empty if nothing was kept.
+    There are round(M / size) updates, but at least one and at most one per group, of about
+    equally many groups: none is a small rest, and nothing is dropped [ours]. Groups are
+    shuffled and stay whole, since DPO needs a best and its worst in one update. Returns a
+    list of (m, 3) tensors, empty if nothing was kept.
     """
     if len(kept) == 0:
         return []
@@ -348,7 +352,7 @@ def ddpo_loss(log_p, log_p_old, r_hat, clip_range):
     """Eq. 4 and 6 with D.1's clipping: -min(rho r_hat, clip(rho, 1 - e, 1 + e) r_hat).
 
     log_p, log_p_old, r_hat: same shape. Where the clip is not active the gradient is
-    -rho r_hat grad log p, the summand of Eq. 6; where it is, 0.
+    -rho r_hat grad log p, as in Eq. 6 with its minus; where it is, 0.
     """
     rho = torch.exp(log_p - log_p_old)
     return -torch.min(rho * r_hat, rho.clamp(1 - clip_range, 1 + clip_range) * r_hat)
@@ -360,7 +364,7 @@ def pg_loss(log_p, log_p_old, r_hat):
 
 
 def dpok_loss(policy_loss, kl, beta=0.01, alpha=1.0):
-    """Eq. 7 [ours, by DPOK's definition]: alpha * clipped loss + beta * KL(p || p_pre).
+    """Eq. 7 in DPOK's form: alpha * clipped loss + beta * KL(p || p_pre).
 
     policy_loss: `ddpo_loss`; kl: exact, `ddim_logprob.gaussian_kl`, averaged over D as
     log p is.
@@ -369,7 +373,7 @@ def dpok_loss(policy_loss, kl, beta=0.01, alpha=1.0):
 
 
 def dpo_loss(log_p, log_ref, beta):
-    """Eq. 8 [ours, D3PO's form]: -log sigma(h), h = beta (log(p+/ref+) - log(p-/ref-)).
+    """Eq. 8 in D3PO's form: -log sigma(h), h = beta (log(p+/ref+) - log(p-/ref-)).
 
     log_p, log_ref: (2b,), best and worst of b pairs in turn; the reference is the
     pre-trained model. With log p averaged over D, pass beta * D (D3PO: beta 0.1 on

@@ -7,14 +7,15 @@
     x_{t-1}      action a_t, next state         `x_prev`: (B, C, h, w)
     c            prompt                         `cond` (B, L, d), `uncond` (1, L, d)
     mu_theta     mean, Eq. 1                    `mu`
-    sigma_t      standard deviation, Eq. 1      `sigma`; the covariance is sigma_t^2 I
+    sigma_t      standard deviation; Eq. 1      `sigma`; the covariance is sigma_t^2 I
+                 prints "sigma_t I^2"
     P, K         branch roots, branches of one  leading axes (P, K, ...); here P may be a
                                                 process's own part of the roots
 
 Departures from the paper's text
     [official, ddpo] log p is AVERAGED over the D = C*h*w dimensions of a latent, not summed: a
-        summed ratio overflows (1.01 ** 16384 at SD's size). It ties the clip range to D: see
-        `b2rl.py`.
+        summed ratio overflows (1.01 a dimension is 1.01 ** 16384 in SD). It ties the clip range
+        to D: see `b2rl.py`.
     [ours] every draw of noise comes from a generator keyed by (seed, round, root, branch),
         never from a global stream: a run does not depend on batch size or on the number of
         processes, and resuming needs no random state.
@@ -61,7 +62,7 @@ def make_schedule(scheduler, T=20, eta=1.0):
     if config.prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"prediction_type {config.prediction_type!r} is not supported")
     spacing = config.timestep_spacing
-    if spacing not in ("leading", "trailing"):  # with linspace steps do not join
+    if spacing not in ("leading", "trailing"):  # linspace ends at sigma 0
         raise ValueError(f"timestep_spacing {spacing!r}: use leading or trailing")
     scheduler.set_timesteps(T)
     # Entry 0 stands for no step: it only makes t the index
@@ -74,8 +75,8 @@ def make_schedule(scheduler, T=20, eta=1.0):
     sigma[1:] = eta * variance.sqrt()  # DDIM, Eq. 16
     if not bool((sigma[1:] > 0).all()):
         raise ValueError(
-            "sigma is 0 at some step, so its log p is NaN: eta must be above 0 and the "
-            "scheduler needs steps_offset 1 (SD 1.4's setting)"
+            "sigma is 0 at some step, so its log p is NaN: eta must be above 0, and the "
+            "scheduler needs set_alpha_to_one False and steps_offset 1, as SD 1.4 has"
         )
     return Schedule(T, alpha_bar, sigma, timestep, config.prediction_type)
 
@@ -104,7 +105,7 @@ def ddim_mean(schedule, prediction, x_t, t):
     x_0, eps = predict_x_0(schedule, prediction, x_t, t)
     abar_prev = schedule.alpha_bar[t - 1].float()
     sigma = schedule.sigma[t].float()
-    # eta is at most 1, so that only rounding can make the difference negative
+    # At eta <= 1 only rounding can make the difference negative
     mu = abar_prev.sqrt() * x_0 + (1 - abar_prev - sigma**2).clamp(min=0).sqrt() * eps
     return mu, sigma
 

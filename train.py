@@ -7,7 +7,7 @@ the UNet by policy gradient. The model is the bundled tiny one, or `--model`. Tw
 against the sparse reward: BPT trains only the last tau steps, and tau grows to T over the
 rounds (Sec. 3.2); BS branches K times at x_tau and trains on the best and the worst
 branch, each if it passes a threshold (Sec. 3.3). DDPO, the baseline, is
---no-bpt --no-bs; Table 6 gives it updates four times larger (`--update-size`).
+--no-bpt --no-bs --update-size 128 (SD: 256): by Table 6 its updates are four times larger.
 
 The loop in `algorithm_1` reads like Algorithm 1. The mathematics is in `b2rl.py` (Eq. 2
 to 8) and `ddim_logprob.py` (Eq. 1); what is not the paper's is in `support/`.
@@ -16,6 +16,8 @@ to 8) and `ddim_logprob.py` (Eq. 1); what is not the paper's is in `support/`.
     x          (Q, K, tau + 1, C, h, w)     states x_tau..x_0, on the CPU
     log_p_old  (Q, K, tau)                  log p of the policy that sampled them
     scores     (P, K), of all processes     r_hat likewise
+
+[Table 6], [official], [ddpo], [D3PO], [ours] name a number's source: see `b2rl.py`.
 
 Deliberate departures, besides those that `b2rl.py` and `ddim_logprob.py` name, all [ours]:
 an update is of about `update_size` trajectories, in UNet calls of `micro_batch`;
@@ -62,8 +64,8 @@ SETTINGS = (
     ("branches", 3, 3, "branches K, BS [Table 6]"),
     ("threshold", 0.5, 0.5, "threshold, Eq. 5 [Table 6]"),
     ("window", 8, 8, "past rounds in r_hat [official]"),
-    ("min_count", 16, 16, "scores for a prompt's mean [ddpo]"),
-    # How much is sampled. Compare methods at equal queries: rounds x queries
+    ("min_count", 16, 16, "fewest scores of a prompt [ddpo]"),
+    # How much is sampled. Methods compare at equal queries: rounds x queries, 25.6k in D.4
     ("rounds", 100, 16, "rounds [official; tiny: ours]"),
     ("queries", 255, 192, "rewards a round [ours, D.4]"),
     ("epochs", 2, 2, "passes over a round [official]"),
@@ -103,7 +105,7 @@ def make_parser():
     add("--algo", choices=ALGOS, default="ddpo", help="Eq. 6 clipped, Eq. 6, Eq. 7, Eq. 8")
     add("--no-bpt", action="store_true", help="tau = T always (Sec. 3.2)")
     add("--no-bs", action="store_true", help="no branches, train on all")
-    add("--step-weight", choices=("uniform", "rms"), help="[paper]; tiny: rms [ours]")
+    add("--step-weight", choices=("uniform", "rms"), help="[paper]: uniform; tiny: rms")
     add("--seed", type=int, default=0, help="keys training's noise")
     add_model_flags(add)
     add("--offload", action="store_true", help="the UNet alone on the GPU")
@@ -200,7 +202,7 @@ def score(pipeline, reward, judge, x_0, roots, K):
     """The reward of Eq. 2: scores of all processes' pictures (P, K), and metrics by name.
 
     x_0: (Q, K, C, h, w) of the own roots. judge: of the tiny model, or None; it is
-    asked, never trained on. The spread within a prompt is that of the own pictures.
+    asked, never trained on. The spread: of 8 x 8 thumbnails of a prompt's own pictures.
     """
     # Row 0: the scores. Row 1: what the judge says
     found = torch.zeros(2, len(roots.prompts), K)
@@ -237,8 +239,8 @@ def make_scaler(cfg, device):
     scale = 2.0**6 if cfg.algo == "dpo" else 2.0**16
     half = cfg.precision == "fp16"
     scaler = torch.amp.GradScaler(device.type, scale, enabled=half)
-    # It makes its scale when it first scales, which a process without a share never does;
-    # `unscale_` then fails
+    # Its first `scale` sets it up. A process that owns nothing of an update never calls it,
+    # and `unscale_` would fail
     scaler.scale(torch.zeros((), device=device))
     return scaler
 
@@ -250,7 +252,7 @@ def choose_probe(kept, cfg, i):
 
 
 def clip_gradient(lora, optimizer, scaler, max_norm, device):
-    """The gradient of all processes, without fp16's scale, clipped; its norm before that."""
+    """Sum all processes' gradients, unscale, clip; returns their norm before the clip."""
     sum_gradients(lora.values(), device)
     scaler.unscale_(optimizer)
     return torch.nn.utils.clip_grad_norm_(lora.values(), max_norm)
@@ -271,7 +273,7 @@ def prompt_lists(cfg, say):
 def end_round(run, cfg, pipeline, reward, lists, metrics, lora, optimizer, state):
     """Draw, write, track and tell a round; state: the checkpoint's header.
 
-    The checkpoint is written last: a kill before it means that the round is done again.
+    Of the files the checkpoint is last: a kill before it means that the round is done again.
     """
     done = metrics["round"]
     metrics["queries"] = done * cfg.queries
@@ -342,7 +344,7 @@ def algorithm_1(cfg):
 
     for i in progress(range(rounds_done, cfg.rounds), "rounds"):
         # BPT: only the last tau steps are trained, and tau grows (Eq. 3, App. D.1). Late
-        # steps start from states whose pictures are nearly decided: an easy task comes first
+        # steps start from states with less of the picture still open: an easy task comes first
         tau = cfg.T if cfg.no_bpt else tau_schedule(i, cfg.tau_rounds, cfg.T, cfg.tau0)
 
         # BS: a root is a prompt and an x_T. Its branches share the path down to x_tau, so
@@ -367,7 +369,7 @@ def algorithm_1(cfg):
             kept = dpo_pairs(kept, r_hat, roots.prompts, cfg.threshold)
 
         clock.start("training")
-        pipeline.move_others(reward, "cpu")  # with --offload
+        pipeline.move_others(reward, "cpu")  # --offload
         probe = choose_probe(kept, cfg, i)
         if cfg.step_weight == "rms" and len(kept):
             signs = keyed_generator(cfg.seed, i, "signs")
@@ -386,7 +388,7 @@ def algorithm_1(cfg):
                     mu, sigma = policy(batch.x_t, batch.t, batch.prompts)
                     log_p = log_prob(batch.x_prev, mu, sigma)  # Eq. 1
                     advantage = r_hat[batch.root, batch.branch].to(device)
-                    advantage = advantage.clamp(-cfg.adv_clip, cfg.adv_clip)  # App. D.1
+                    advantage = advantage.clamp(-cfg.adv_clip, cfg.adv_clip)  # [official]
                     h = None
                     if cfg.algo in ("dpok", "dpo"):
                         with torch.no_grad(), lora_off(policy.unet):  # p_pre
