@@ -116,8 +116,8 @@ def require_finite(values, what, why):
     bad = len(values) - int(values.flatten(1).isfinite().all(1).sum())
     if bad:
         raise Stop(
-            f"{bad} of {len(values)} {what} are not finite: {why}. Take --precision bf16 or fp32, "
-            "or a lower --lr"
+            f"{bad} of {len(values)} {what} are not finite: {why}. Begin a new run with "
+            "--precision bf16 or fp32, or a lower --lr"
         )
 
 

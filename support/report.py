@@ -20,8 +20,8 @@ TRACKERS = ("tensorboard", "wandb")
 COLUMNS = 9  # of a grid of pictures
 GRID = 8 * COLUMNS  # pictures in a grid, at most
 HOPELESS = (
-    "5 updates in a row had a NaN or infinite gradient. Lower --lr or --clip-range, or take "
-    "--precision bf16 or fp32"
+    "5 updates in a row had a NaN or infinite gradient. Begin a new run with a lower "
+    "--lr or --clip-range, or with --precision bf16 or fp32"
 )
 
 
