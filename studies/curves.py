@@ -37,8 +37,7 @@ def with_minutes(lines, seconds):
 def find_runs(paths):
     """{label: {seed: (folder, metrics lines)}} of the finished runs; a label has no seed."""
     groups = {}
-    for file in [file for path in paths for file in sorted(Path(path).rglob("config.json"))]:
-        folder = file.parent
+    for folder in [f.parent for path in paths for f in sorted(Path(path).rglob("config.json"))]:
         config, lines = read_config(folder), read_metrics(folder)
         if len(lines) < config["rounds"]:
             print(f"passed over: {folder} has {len(lines)} of {config['rounds']} rounds")
@@ -73,10 +72,10 @@ def over_seeds(values):
     return values.mean(0), error
 
 
-def texts(values):
+def texts(values, digits=4):
     """Values (S, F) -> F texts: means over seeds, with their errors where there are several."""
-    text = "{:+.4f} ± {:.4f}" if len(values) > 1 else "{:+.4f}"
-    return [text.format(mean, error) for mean, error in zip(*over_seeds(values))]
+    text = "{:+.{}f} ± {:.{}f}" if len(values) > 1 else "{:+.{}f}"
+    return [text.format(mean, digits, error, digits) for mean, error in zip(*over_seeds(values))]
 
 
 def at_equal_recognition(a, b):
@@ -103,8 +102,11 @@ def draw(panels, path):
         for method, x, y in lines:
             mean, error = over_seeds(y)
             colour = colours.setdefault(method, f"C{len(colours)}")
-            ax.plot(x, mean, color=colour, label=f"{method} ({len(y)})", marker="." * (len(x) < 6))
-            ax.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2)
+            if len(x) > 1 and (np.diff(x) > 0).all():
+                ax.plot(x, mean, color=colour, label=f"{method} ({len(y)})")
+                ax.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2)
+            else:  # a line would go back and forth
+                ax.errorbar(x, mean, error, fmt=".", color=colour)
     figure.tight_layout()
     axes[0, 0].legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncol=3, title="method (seeds)")
     save_figure(figure, path)

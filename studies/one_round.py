@@ -78,9 +78,8 @@ def draw(roots, steps, tau, K, legend):
     """A row a root: its prompt, its expected pictures at t in `steps`, its K branches."""
     n = len(steps)
     plt = pyplot()
-    shape = (len(roots), n + K)
     size = (1.6 * (n + K + 1), 2.3 * len(roots) + 1.7)
-    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(len(roots), n + K, figsize=size, squeeze=False, layout="constrained")
     for row, (prompt, pictures, scores, r_hat, fate) in zip(axes, roots):
         row[0].set_ylabel(textwrap.fill(prompt, 13), rotation=0, ha="right", va="center")
         for ax, picture in zip(row, pictures):
@@ -97,17 +96,16 @@ def draw(roots, steps, tau, K, legend):
     titles[n] = f"{K} branches from t = {tau} on,\neach with its own noise\n{titles[n]}"
     for ax, title in zip(axes[0], titles):
         ax.set_title(title, loc="left", fontsize=14, pad=9).set_in_layout(False)
-    figure.supxlabel(legend, x=0.1, ha="left", fontsize=14)
-    return figure
+    fig.supxlabel(legend, x=0.1, ha="left", fontsize=14)
+    return fig
 
 
 def run(args, cfg):
-    device = torch.device(cfg.device)
     prompts, _ = load_prompts(cfg.template, cfg.prompts)
-    pipeline = load_pipeline(cfg, device)
+    pipeline = load_pipeline(cfg, torch.device(cfg.device))
     if args.lora:
         load_lora(pipeline.pipe, args.lora)
-    reward = load_reward(cfg.reward, pipeline.tiny, device, DTYPES[cfg.precision])
+    reward = load_reward(cfg.reward, pipeline.tiny, pipeline.device, DTYPES[cfg.precision])
     i = args.round - 1
     tau = cfg.T if cfg.no_bpt else tau_schedule(i, cfg.tau_rounds, cfg.T, cfg.tau0)
     owners, path, x_0, scores, r_hat, fate = sample_round(pipeline, reward, prompts, cfg, i, tau)

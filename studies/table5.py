@@ -114,8 +114,7 @@ def table(result):
             rms = gaps.square().mean().sqrt().item()
             notes.append(f"{label}, RMS to the paper, t = 4..20: {rms:.1f} points")
         gaps = torch.tensor(result["last_step"][name])
-        text = f"mean {gaps.mean():.5f}, largest {gaps.max():.5f}"
-        text += f", {(gaps > 0.01).float().mean():.1%} above 0.01"
+        text = f"mean {gaps.mean():.5f}, largest {gaps.max():.5f}, {(gaps > 0.01).sum()} above 0.01"
         notes.append(f"{label}, {len(gaps)} pairs that part at t = 1: {text}")
     if result["steps"][-1] == 20:
         rows.append(["paper, %", "", *(f"{100 * p:.1f}" for p in PAPER)])

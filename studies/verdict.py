@@ -25,8 +25,9 @@ from support.command import Parser, die
 from support.run_folder import LORA, ROOT, read_json, read_metrics, write_json, write_text
 
 RESULTS = ROOT / "results"
-ENDS = ("train_recognised", "unseen_recognised", "train_score", "unseen_score")
-CLAIMS = ("claim", "paper", "rows", "seeds", "verdict", "recognised, all rounds", *ENDS)
+ENDS = {"train_recognised": "end, training, %", "unseen_recognised": "end, unseen, %"}
+ENDS |= {"train_score": "CLIPScore x 100, training", "unseen_score": "the same, unseen"}
+CLAIMS = ("claim", "paper", "rows", "seeds", "verdict", "all rounds, %", *ENDS.values())
 ROWS = ("row", "seeds", *CLAIMS[5:], "minutes to half of DDPO's gain", "to nine tenths")
 DRAWN = ("b2", "ddpo", "ddpo-small", "group-two", "group-one")
 PANELS = ["queries recognised", "minutes recognised", "recognised relative_spread"]
@@ -84,8 +85,8 @@ def read_rows(names):
             each = np.interp(taus, *zip(*measured)) if measured else ()
             lines = with_minutes(run["rounds"], each)
             run["minutes"] = [lines[-1]["minutes"]] if measured else []
-            run["shares"] = np.array([line["recognised"] for line in run["rounds"]])
-            gains = [run["summary"][name]["gain"] for name in ENDS if name in run["summary"]]
+            run["shares"] = 100 * np.array([line["recognised"] for line in run["rounds"]])
+            gains = [100 * run["summary"][name]["gain"] for name in ENDS if name in run["summary"]]
             run["recognition"] = [run["shares"].mean(), *gains]  # tuning has no gains at the end
             run["style entropy"] = styles.get(f"{row}-seed{seed}", [])
             run["lines"] = lines + run["style entropy"]
@@ -112,7 +113,7 @@ def judge(claims, rows):
         found = ["not run yet"]
         if pairs:
             differences = -np.diff(pairs, axis=1)[:, 0]  # (S, F)
-            found = [verdict(differences[:, 0]), *texts(differences)]
+            found = [verdict(differences[:, 0]), *texts(differences, 2)]
         table.append([claim, paper, f"{a} less {b}", len(pairs), *found])
     return table
 
@@ -129,7 +130,7 @@ def describe(planned, rows):
             base = np.mean(firsts[runs[0]["config"]["template"]])
             gains = np.array([run["recognition"] for run in runs])  # (S, F)
             gains[:, 0] -= base
-            found += texts(gains)
+            found += texts(gains, 2)
         if runs and runs[0]["minutes"] and rows["ddpo"]:
             final = np.mean([run["shares"][-4:] for run in rows["ddpo"].values()])
             mean = np.mean([run["shares"] for run in runs], 0)
@@ -145,7 +146,7 @@ def report(protocol):
     rows = read_rows(protocol["rows"])
     claims, kept = judge(protocol["claims"], rows), describe(protocol["rows"], rows)
     judged = sum(len(line) > 5 for line in claims)
-    text = ["Written by `python studies/verdict.py`. Shares; ± is the standard error over seeds."]
+    text = ["Written by `python studies/verdict.py`. ± is the standard error over seeds."]
     text += [f"{judged} verdicts, each by the first figure after it.", "", "## Claims", ""]
     text += [*markdown(CLAIMS, claims), "", "## Rows", "", *markdown(ROWS, kept), ""]
     write_text(RESULTS / "tables.md", "\n".join(text))

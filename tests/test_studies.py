@@ -120,7 +120,7 @@ def test_table_5_shows_the_papers_shares():
     assert " differs, % | 70.0 | 50.0 | 10.0 | " in text and "over that at T | 0.50 | " in text
     paper = "| paper, % |  | " + " | ".join(f"{100 * p:.1f}" for p in table5.PAPER) + " |"
     assert paper in lines
-    assert "4 pairs that part at t = 1: mean 0.00700, largest 0.02000, 25.0% above 0.01" in text
+    assert "4 pairs that part at t = 1: mean 0.00700, largest 0.02000, 1 above 0.01" in text
 
 
 @pytest.fixture

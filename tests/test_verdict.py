@@ -105,7 +105,7 @@ def test_differences_are_paired_by_seed(results):
     verdict.main(["--collect", str(runs)])
     claims, _ = tables(results)
     assert claims["better"][1:4] == ["b2 less ddpo", 2, "holds"]
-    assert claims["better"][4:6] == ["+0.1000 ± 0.0000", "+0.2000 ± 0.0000"]
+    assert claims["better"][4:6] == ["+10.00 ± 0.00", "+20.00 ± 0.00"]
 
 
 def test_each_claim_has_its_rows_seeds_and_errors(results):
@@ -115,13 +115,13 @@ def test_each_claim_has_its_rows_seeds_and_errors(results):
     verdict.main(["--collect", str(runs)])
     claims, rows = tables(results)
     # Gains at the end are .5 - .25. 2 (2 error / mean)² is 3.6
-    assert claims["better"][2:5] == [2, "not resolved at 2 seeds, 4 would", "+0.3000 ± 0.2000"]
-    assert claims["better"][5:] == ["+0.2500 ± 0.0000"] * 4
+    assert claims["better"][2:5] == [2, "not resolved at 2 seeds, 4 would", "+30.00 ± 20.00"]
+    assert claims["better"][5:] == ["+25.00 ± 0.00"] * 4
     for claim in ("more diverse", "cheaper", "new"):
         assert claims[claim][2:] == [0, "not run yet"]
     # The base is (.4 + .4 + 1 + .4 + .1) / 5, of all first rounds
-    assert rows["b2"][:2] == ["2 of 2", "+0.2650 ± 0.2250"]
-    assert rows["ddpo-small"][:2] == ["1 of 2", "-0.3600"] and rows["bs"] == ["0 of 1"]
+    assert rows["b2"][:2] == ["2 of 2", "+26.50 ± 22.50"]
+    assert rows["ddpo-small"][:2] == ["1 of 2", "-36.00"] and rows["bs"] == ["0 of 1"]
     text = (results / "tables.md").read_text()
     assert "1 verdicts" in text and "| new | Fig. 2 | bs less ddpo | 0 | not run yet |" in text
 
@@ -132,7 +132,7 @@ def test_seeds_that_only_one_row_has_are_left_out(results):
     shutil.rmtree(runs / "ddpo-seed201")
     verdict.main(["--collect", str(runs)])
     claims, _ = tables(results)
-    assert claims["better"][2:5] == [1, "not resolved at 1 seed", "+0.1000"]
+    assert claims["better"][2:5] == [1, "not resolved at 1 seed", "+10.00"]
 
 
 def test_the_base_is_that_of_the_rows_own_template(results):
@@ -141,7 +141,7 @@ def test_the_base_is_that_of_the_rows_own_template(results):
     write_run(runs / "bs-seed200", [0.1, 0.2, 0.2, 0.3], template=2)
     verdict.main(["--collect", str(runs)])
     _, rows = tables(results)
-    assert rows["b2"][1] == "+0.2000" and rows["bs"][1] == "+0.1000"
+    assert rows["b2"][1] == "+20.00" and rows["bs"][1] == "+10.00"
 
 
 def test_minutes_are_those_measured_apart(results):
@@ -154,7 +154,7 @@ def test_minutes_are_those_measured_apart(results):
     (results / "seconds.json").write_text(json.dumps(measured))
     claims, rows = tables(results)
     # B²: 1, 1.5, 2, 2.25 minutes a round, for tau 14, 15, 16, 17; DDPO: 4
-    assert claims["cheaper"][3:] == ["not resolved at 1 seed", "+13.2500"]
+    assert claims["cheaper"][3:] == ["not resolved at 1 seed", "+13.25"]
     # Half of the gain is at .4875, nine tenths at .5575
     assert rows["b2"][-2:] == ["4.5", "never"] and rows["ddpo"][-2:] == ["12.0", "16.0"]
     (results / "seconds.json").write_text(json.dumps({"ddpo": {"20": 60}}))
@@ -172,7 +172,7 @@ def test_style_entropies_are_paired_where_both_have_them(results):
     styles |= {"ddpo-seed200": [line(0.4, 1.0), line(0.5, 0.7)], "b2-seed201": [line(0.4, 1.0)]}
     (results / "styles.json").write_text(json.dumps(styles))
     claims, _ = tables(results)
-    assert claims["more diverse"][2:] == [1, "not resolved at 1 seed", "+0.2000"]
+    assert claims["more diverse"][2:] == [1, "not resolved at 1 seed", "+0.20"]
 
 
 # ---------------------------------------------------------------- byte for byte
