@@ -224,6 +224,7 @@ def test_the_rows_are_those_of_the_protocol():
     rows = committed()["rows"]
     page = (ROOT / "results/PROTOCOL.md").read_text(encoding="utf-8")
     table = page.split("## Rows, in this order")[1].split("## Decided")[0]
+    table += page.split("## Added")[1]
     named = {}
     for line in table.splitlines():
         for name in re.findall(r"`([\w-]+)`", line.split("|")[2] if "|" in line else ""):
@@ -231,10 +232,10 @@ def test_the_rows_are_those_of_the_protocol():
     seeds = {row: len(about["seeds"]) for row, about in rows.items()}
     assert named == {row: n for row, n in seeds.items() if not row.startswith("tune")}
     first = [about["seeds"][0] for row, about in rows.items()]
-    assert first == [100] * 6 + [200] * 19
+    assert first == [100] * 6 + [200] * 20
     claimed = {row for *_, a, b in committed()["claims"] for row in (a, b)}
     assert claimed <= set(rows) and set(verdict.DRAWN) <= set(rows)
-    assert len(verdict.all_runs(rows)) == 12 + 54
+    assert len(verdict.all_runs(rows)) == 12 + 60
 
 
 def test_the_flags_are_those_of_the_protocol():
@@ -249,6 +250,7 @@ def test_the_flags_are_those_of_the_protocol():
     }
     expected |= {"t2-ddpo": plain | dict(template=2), "t3-b2": dict(template=3, no_bs=False)}
     expected |= {"b2-k5": dict(branches=5, queries=190), "b2-uniform": dict(step_weight="uniform")}
+    expected |= {"b2-lr1e-3": branches | dict(lr=1e-3)}
     expected |= {"dpo-b2": dict(algo="dpo", no_bs=False), "dpok": plain | dict(algo="dpok")}
     for row, about in committed()["rows"].items():
         words = re.sub("RATE-OF-(B2|DDPO)", "1e-3", about["flags"]).split()
