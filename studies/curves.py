@@ -49,10 +49,13 @@ def find_runs(paths):
 
 
 def curve(runs, x_name, y_name):
-    """Mean of x over S runs, (n,), and y, (S, n), at the n queries where all runs have both."""
+    """Mean of x over S runs, (n,), and y, (S, n), at the n queries where all S have both.
+
+    A run that has them nowhere is left out.
+    """
     have = lambda line: line.get(x_name) is not None and line.get(y_name) is not None
-    point = lambda line: (line[x_name], line[y_name])
-    tables = [{line["queries"]: point(line) for line in lines if have(line)} for lines in runs]
+    runs = [list(filter(have, lines)) for lines in runs if any(map(have, lines))] or [[]]
+    tables = [{line["queries"]: (line[x_name], line[y_name]) for line in lines} for lines in runs]
     queries = sorted(set.intersection(*map(set, tables)))
     points = np.array([[table[q] for q in queries] for table in tables])
     x, y = points.reshape(len(tables), len(queries), 2).transpose(2, 0, 1)

@@ -72,6 +72,9 @@ def test_a_curve_is_the_mean_over_seeds_at_queries_that_all_have(tmp_path):
     assert queries.tolist() == [10, 20, 30]
     assert spread == pytest.approx(np.array([[1, 1 / 2, 1 / 3]] * 2))
     assert curves.curve(runs, "queries", "kl_to_base")[1].size == 0
+    runs[0][1]["new"] = 5.0  # of one run, at one of its rounds
+    queries, new = curves.curve(runs, "queries", "new")
+    assert queries.tolist() == [20] and new.tolist() == [[5]]
 
 
 def test_a_picture_is_drawn_and_drawn_anew(tmp_path, capsys):
