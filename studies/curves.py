@@ -76,9 +76,9 @@ def over_seeds(values):
 
 
 def texts(values, digits=4):
-    """Values (S, F) -> F texts: means over seeds, with their errors where there are several."""
-    text = "{:+.{}f} ± {:.{}f}" if len(values) > 1 else "{:+.{}f}"
-    return [text.format(mean, digits, error, digits) for mean, error in zip(*over_seeds(values))]
+    """Values (S, F) -> F texts: means over seeds, with their errors where the seeds differ."""
+    text = lambda mean, error: f"{mean:+.{digits}f}" + f" ± {error:.{digits}f}" * bool(error > 1e-9)
+    return [text(mean, error) for mean, error in zip(*over_seeds(values))]
 
 
 def at_equal_recognition(a, b):
