@@ -29,7 +29,7 @@ ENDS = {"train_recognised": "end, training, %", "unseen_recognised": "end, unsee
 ENDS |= {"train_score": "CLIPScore x 100, training", "unseen_score": "the same, unseen"}
 CLAIMS = ("claim", "paper", "rows", "seeds", "verdict", "all rounds, %", *ENDS.values())
 ROWS = ("row", "seeds", *CLAIMS[5:], "minutes to half of DDPO's gain", "to nine tenths")
-DRAWN = ("b2", "ddpo", "ddpo-small", "group-two", "group-one")
+DRAWN = ("b2", "ddpo", "ddpo-small", "bs", "group-two", "group-one")
 PANELS = ["queries recognised", "minutes recognised", "recognised relative_spread"]
 PANELS += ["recognised_of_90 style_entropy"]
 
