@@ -89,11 +89,21 @@ def at_equal_recognition(a, b):
     """
     points = [[(line["recognised_of_90"], line["style_entropy"]) for line in run] for run in (a, b)]
     level = min(max(points[0])[0], max(points[1])[0])
-    found = []
-    for run in points:
-        records = [p for i, p in enumerate(run) if all(p[0] > q[0] for q in run[:i])]
-        found.append([np.interp(level, *zip(*records))])
-    return found
+    records = lambda run: [p for i, p in enumerate(run) if all(p[0] > q[0] for q in run[:i])]
+    return [[np.interp(level, *zip(*records(run)))] for run in points]
+
+
+def at_equal_time(a, b):
+    """[[mean], [mean]] of two runs' `recognised` in %, over the minutes that both curves have.
+
+    a, b: metrics lines with minutes. A curve begins at the end of its first round.
+    """
+    curves = [curve([run], "minutes", "recognised") for run in (a, b)]
+    minutes = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 1000)
+    return [[100 * np.interp(minutes, x, y[0]).mean()] for x, y in curves]
+
+
+AT_EQUAL = {"style entropy": at_equal_recognition, "equal time": at_equal_time}
 
 
 def draw(panels, path):
@@ -139,9 +149,8 @@ def difference_rows(groups):
 
 def main(argv=None):
     parser = Parser(__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--runs", nargs="+", required=True, metavar="RUN", help="run folders, or folders of some")
-    add("--out", default="runs/curves", help="folder for curves.png, which is written anew")
+    parser.add_argument("--runs", nargs="+", required=True, help="run folders, or folders of some")
+    parser.add_argument("--out", default="runs/curves", help="folder: its curves.png is replaced")
     args = parser.parse_args(argv)
     groups = find_runs(args.runs)
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -38,16 +38,14 @@ NAMES = LABELS | {"recognised": "judge"}
 PAPER = (0.082, 0.168, 0.156, 0.281, 0.289, 0.340, 0.430, 0.445, 0.523, 0.664)
 
 
-def rate(pipeline, x_0, owners, rewards, judge=None):
-    """Scores of latents x_0 (n, C, h, w) of n prompts: {metric: (n,)}, with those of the judge."""
+def rate(pipeline, x_0, owners, rewards):
+    """Scores of latents x_0 (n, C, h, w) of n prompts: {metric: (n,)}."""
     scores = defaultdict(list)
     for rows in progress(torch.arange(len(x_0)).split(pipeline.decode_batch), "scoring"):
         images = pipeline.decode(x_0[rows])
         prompts = [owners[j] for j in rows]
         for name, reward in rewards.items():
-            scores[name].append(reward(images, prompts))
-        if judge:
-            scores["recognised"].append(judge(images, prompts).float())
+            scores[name].append(reward(images, prompts).float())
     return {name: torch.cat(parts) for name, parts in scores.items()}
 
 
@@ -56,6 +54,7 @@ def table5(pipeline, rewards, judge, prompts, args):
     policy, T = pipeline.policy, pipeline.policy.schedule.T
     R, K = args.roots, args.branches
     owners = (prompts * R)[:R]
+    rewards = rewards | ({"recognised": judge} if judge else {})
     each = [owner for owner in owners for _ in range(K)]
     roots = [(args.seed, "table5", p) for p in range(R)]
     x_T = policy.noise([(*root, "x_T") for root in roots])
@@ -65,7 +64,7 @@ def table5(pipeline, rewards, judge, prompts, args):
     for t in steps:
         keys = [[(*root, t, k) for k in range(K)] for root in roots]
         x, _ = policy.branch(path[:, 0, T - t], t, 0, owners, keys)  # (R, K, t + 1, ...)
-        rated.append(rate(pipeline, x[:, :, -1].flatten(0, 1), each, rewards, judge))
+        rated.append(rate(pipeline, x[:, :, -1].flatten(0, 1), each, rewards))
     result = {"steps": steps, "roots": R, "branches": K}
     result |= {"share": {}, "threshold": {}, "relative_variance": {}, "last_step": {}}
     for name in rated[-1]:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from studies.common import markdown
-from studies.curves import at_equal_recognition, draw, over_seeds, panel, texts, with_minutes
+from studies.curves import AT_EQUAL, draw, over_seeds, panel, texts, with_minutes
 from support.command import Parser, die
 from support.run_folder import LORA, ROOT, read_json, read_metrics, write_json, write_text
 
@@ -84,6 +84,7 @@ def read_rows(names):
             taus = [line["tau"] for line in run["rounds"]]  # between those measured it is a line
             each = np.interp(taus, *zip(*measured)) if measured else ()
             lines = with_minutes(run["rounds"], each)
+            run["equal time"] = lines if measured else []
             run["minutes"] = [lines[-1]["minutes"]] if measured else []
             run["shares"] = 100 * np.array([line["recognised"] for line in run["rounds"]])
             gains = [100 * run["summary"][name]["gain"] for name in ENDS if name in run["summary"]]
@@ -107,9 +108,8 @@ def judge(claims, rows):
     table = []
     for claim, paper, kind, a, b in claims:
         pairs = [(rows[a][seed][kind], rows[b][seed][kind]) for seed in rows[a] if seed in rows[b]]
-        pairs = [pair for pair in pairs if all(pair)]
-        if kind == "style entropy":
-            pairs = [at_equal_recognition(*pair) for pair in pairs]
+        at_equal = AT_EQUAL.get(kind, lambda *pair: pair)
+        pairs = [at_equal(*pair) for pair in pairs if all(pair)]
         found = ["not run yet"]
         if pairs:
             differences = -np.diff(pairs, axis=1)[:, 0]  # (S, F)

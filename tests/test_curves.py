@@ -128,6 +128,16 @@ def test_entropies_are_compared_where_both_runs_come():
     assert curves.at_equal_recognition(as_good, as_good) == [[1.0], [1.0]]
 
 
+def test_shares_are_compared_over_the_minutes_that_both_runs_have():
+    """a rises by .1 a minute from minute 1 to 5, b from .2 by .2 a minute, from 2 to 4."""
+    line = lambda n, minutes, share: {"queries": n, "minutes": minutes, "recognised": share}
+    a = [line(192, 1, 0.1), line(384, 3, 0.3), line(576, 5, 0.5)]
+    b = [line(192, 2, 0.2), line(384, 3, 0.4), line(576, 4, 0.6)]
+    assert curves.at_equal_time(a, b) == [[pytest.approx(30)], [pytest.approx(40)]]
+    assert curves.at_equal_time(b, a) == [[pytest.approx(40)], [pytest.approx(30)]]
+    assert curves.at_equal_time(a, a) == [[pytest.approx(30)]] * 2
+
+
 def test_runs_that_do_not_serve_end_with_one_line(tmp_path, capsys):
     out = ["--out", tmp_path / "out"]
     new = write_run(tmp_path / "new", [])

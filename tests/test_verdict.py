@@ -16,6 +16,7 @@ CLAIMS = [
     ["more diverse", "Table 1", "style entropy", "b2", "ddpo"],
     ["cheaper", "36 h", "minutes", "ddpo", "b2"],
     ["new", "Fig. 2", "recognition", "bs", "ddpo"],
+    ["as fast", "control", "equal time", "b2", "ddpo"],
 ]
 ROWS = {row: {"seeds": [200, 201], "flags": "--rounds 4"} for row in verdict.DRAWN}
 ROWS |= {"bs": {"seeds": [200], "flags": "--rounds 4 --lr RATE-OF-B2"}}
@@ -117,7 +118,7 @@ def test_each_claim_has_its_rows_seeds_and_errors(results):
     # Gains at the end are .5 - .25. 2 (2 error / mean)² is 3.6
     assert claims["better"][2:5] == [2, "not resolved at 2 seeds, 4 would", "+30.00 ± 20.00"]
     assert claims["better"][5:] == ["+25.00"] * 4
-    for claim in ("more diverse", "cheaper", "new"):
+    for claim in ("more diverse", "cheaper", "new", "as fast"):
         assert claims[claim][2:] == [0, "not run yet"]
     # The base is (.4 + .4 + 1 + .4 + .1) / 5, of all first rounds
     assert rows["b2"][:2] == ["2 of 2", "+26.50 ± 22.50"]
@@ -155,6 +156,10 @@ def test_minutes_are_those_measured_apart(results):
     claims, rows = tables(results)
     # B²: 1, 1.5, 2, 2.25 minutes a round, for tau 14, 15, 16, 17; DDPO: 4
     assert claims["cheaper"][3:] == ["not resolved at 1 seed", "+13.25"]
+    # Both have minutes 4 to 6.75. B²'s rounds end at 1, 2.5, 4.5 and 6.75; DDPO stays at .4
+    shares = (0.5 + 0.05 * (4 - 4.5) / 2 / 2, 0.5 + 0.05 * 2.25 / 2.25 / 2)
+    mean = (shares[0] * 0.5 + shares[1] * 2.25) / 2.75
+    assert claims["as fast"][3:] == ["not resolved at 1 seed", f"+{100 * (mean - 0.4):.2f}"]
     # Half of the gain is at .4875, nine tenths at .5575
     assert rows["b2"][-2:] == ["4.5", "never"] and rows["ddpo"][-2:] == ["12.0", "16.0"]
     (results / "seconds.json").write_text(json.dumps({"ddpo": {"20": 60}}))
