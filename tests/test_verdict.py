@@ -237,10 +237,10 @@ def test_the_rows_are_those_of_the_protocol():
     seeds = {row: len(about["seeds"]) for row, about in rows.items()}
     assert named == {row: n for row, n in seeds.items() if not row.startswith("tune")}
     first = [about["seeds"][0] for row, about in rows.items()]
-    assert first == [100] * 6 + [200] * 20
+    assert first == [100] * 6 + [200] * 22
     claimed = {row for *_, a, b in committed()["claims"] for row in (a, b)}
     assert claimed <= set(rows) and set(verdict.DRAWN) <= set(rows)
-    assert len(verdict.all_runs(rows)) == 12 + 60
+    assert len(verdict.all_runs(rows)) == 12 + 62
 
 
 def test_the_flags_are_those_of_the_protocol():
@@ -256,6 +256,8 @@ def test_the_flags_are_those_of_the_protocol():
     expected |= {"t2-ddpo": plain | dict(template=2), "t3-b2": dict(template=3, no_bs=False)}
     expected |= {"b2-k5": dict(branches=5, queries=190), "b2-uniform": dict(step_weight="uniform")}
     expected |= {"b2-lr1e-3": branches | dict(lr=1e-3)}
+    expected |= {"pg-b2-lr1e-3": branches | dict(algo="pg", lr=1e-3, epochs=2)}
+    expected |= {"pg-b2-one": branches | dict(algo="pg", lr=2e-3, epochs=1)}
     expected |= {"dpo-b2": dict(algo="dpo", no_bs=False), "dpok": plain | dict(algo="dpok")}
     for row, about in committed()["rows"].items():
         words = re.sub("RATE-OF-(B2|DDPO)", "1e-3", about["flags"]).split()
